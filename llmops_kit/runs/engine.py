@@ -129,11 +129,12 @@ class JobEngine:
                          env:dict|None=None,             # the kernel's environment; this process's, if not given
                          run_notebook:Path|None=None,    # write here instead of papermill's output path
                          progress:ProgressLine|None=None,
+                         redact:Redactor|None=None,      # knows the secrets; made from papermill's parameters, if not given
                          **kwargs):
         "Execute a notebook in a kernel of its own."
         from papermill.clientwrap import PapermillNotebookClient
         from papermill.log import logger
-        redact = Redactor(nb.metadata.get("papermill", {}).get("parameters", {}))
+        redact = redact or Redactor(nb.metadata.get("papermill", {}).get("parameters", {}))
         manager = _manager(nb, run_notebook or output_path, progress, redact, progress_bar=progress_bar, log_output=log_output,
                            autosave_cell_every=autosave_cell_every)
         manager.notebook_start()
@@ -169,15 +170,16 @@ def execute_job(job:Job,                 # what to run
     record = first_record(job.name, job.parameters, values, given, path=str(job.path), sha256=job.sha256, runner="llmops", **more)
     if threads: record["environment"]["threads"] = threads
     folder, id = create_record(record), record["id"]
+    redact = Redactor(values)
     # values with secrets go to the kernel as they are, references as the runs that they mean
-    values = {k: record["parameters"][k] if k in record["references"] else v for k, v in values.items()}
+    values = {k: record["parameters"][k] if k in record["references"] else v for k, v in values.items() if k in given or k in record["references"]}
     env = {k: v for k, v in os.environ.items() if k not in ("JPY_SESSION_NAME", "LLMOPS_RUN")}
     env |= {"LLMOPS_RUN": id, "LLMOPS_RUNS": str(runs_dir()), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": str(record["environment"]["threads"])}
     progress = None if quiet else ProgressLine(job.name, job.notebook["cells"], folder, cell_seconds(job.name))
     try:
-        with _stoppable(), (progress.ticking() if progress else _nothing()): _papermill(job, values, folder, env, progress)
-    except BaseException as error: _end(id, error)
-    else: _end(id, None)
+        with _stoppable(), (progress.ticking() if progress else _nothing()): _papermill(job, values, folder, env=env, progress=progress, redact=redact)
+    except BaseException as error: _end(id, error, redact)
+    else: _end(id, None, redact)
     record = read_record(id)
     if progress:
         how = f"{record['status']} in {record.get('seconds', 0):.1f} s" + (f": {record['error']['message'][:500]}" if record["error"] else "")
@@ -197,15 +199,16 @@ def _stoppable(): # SIGTERM, from a scheduler or a spot machine, ends a run like
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-def _papermill(job, values, folder, env, progress):
+def _papermill(job, values, folder, **options):
     import logging
     logging.getLogger("traitlets").setLevel(logging.ERROR)
     import papermill
     papermill.execute_notebook(str(job.path), None, values, engine_name="llmops", kernel_name="python3", progress_bar=False,
-                               run_notebook=folder/"notebook.ipynb", env=env, progress=progress)
+                               run_notebook=folder/"notebook.ipynb", **options)
 
-def _end(id, error): # make the record say how the run ended
-    from llmops_kit.runs.job import ended, history_digest
+def _end(id, error, redact): # make the record say how the run ended
+    from llmops_kit.runs.history import history_digest
+    from llmops_kit.runs.job import ended
     record, folder = read_record(id), run_folder(id)
     if error is None and record["status"] == "finished": return
     if error is None: kind, message = "Unfinished", "The notebook ended without run.finish(...). Call it in its last cell."
@@ -213,5 +216,5 @@ def _end(id, error): # make the record say how the run ended
     elif hasattr(error, "evalue"): kind, message = error.ename, error.evalue  # papermill's, for an error in a cell
     else: kind, message = type(error).__name__, str(error)
     if record["status"] != "failed" or not record["error"]:
-        update_record(id, status="killed" if kind == "Interrupted" else "failed", error={"type": kind, "message": Redactor().text(message)[:4000]},
+        update_record(id, status="killed" if kind == "Interrupted" else "failed", error={"type": kind, "message": redact.text(message)[:4000]},
                       history=history_digest(folder), **ended(record))

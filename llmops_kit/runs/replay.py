@@ -14,7 +14,7 @@ from .artifacts import sha256_of
 from .catalog import Job, load_job
 from .engine import execute_job
 from .errors import UserError
-from .job import comparable, history_digest, read_history
+from .history import comparable, history_digest, read_history
 from .ledger import is_sealed, read_record, resolve_run, run_folder
 from .parameters import check_names, check_value
 

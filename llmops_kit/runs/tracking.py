@@ -43,17 +43,20 @@ class Tracker:
         if mode == "online" and not is_logged_in():
             self._failed("init", "not logged in: set WANDB_API_KEY or run `wandb login`")
             mode = "offline"
-        for attempt in dict.fromkeys([mode, "offline"]):
+        for attempt in dict.fromkeys([mode, "offline"]):  # what cannot be sent now can be synced later
             if self._start(id, job, folder, config, attempt): break
 
     def _start(self, id, job, folder, config, mode):
         import wandb
-        settings = dict(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True, x_disable_stats=True)
+        settings = dict(silent=True, console="off", init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 20)), save_code=False, disable_git=True, x_disable_stats=True)
         try:
             self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", "llmops_kit"), id=id, name=id, job_type=job, dir=str(folder),
                                    mode=mode, config=config, settings=wandb.Settings(**settings), reinit="create_new")
             self._run.define_metric("*", step_metric="step", summary="none")
-        except Exception as error: return self._failed("init", error)
+        except Exception as error:
+            self._failed("init", error)
+            if mode == "online": wandb.teardown(exit_code=1)  # its service would hold on to the run's id
+            return False
         self.state |= {"mode": mode, "id": id, "url": self._run.url, "folder": str(Path(self._run.dir).parent.relative_to(folder.resolve()))}
         return True
 

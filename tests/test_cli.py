@@ -1,0 +1,56 @@
+"The command line as scripts see it: exit codes, stdout, messages that name the fix, and nothing written by a wrong call."
+import json, os, subprocess, sys
+import pytest
+from conftest import PROJECT, llmops, run_command
+
+@pytest.mark.parametrize("arguments, message", [
+    (["-p", "lrr", "1e-3"], "Did you mean lr?"),
+    (["-p", "lr", "fast"], "lr = 'fast' is not a finite number"),
+    (["-p", "lr", "-1"], "lr = -1.0 is not a finite number in (0, 1]"),
+    (["-p", "lora_r", "1.5"], "lora_r = '1.5' is not a whole number"),
+    (["-f", "missing.yaml"], "Cannot read missing.yaml"),
+    (["-p", "data", "latest:prepare"], "There is no finished run of prepare"),
+])
+def test_a_wrong_call_exits_2_and_writes_nothing(arguments, message, tmp_path):
+    done = run_command("llmops", "run", "finetune", *arguments, cwd=tmp_path, env={"LLMOPS_RUNS": str(tmp_path/"runs")})
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+def test_plain_papermill_stops_at_the_same_message(tmp_path):
+    job = PROJECT/"nbs"/"jobs"/"finetune.ipynb"
+    done = run_command("papermill", "--no-progress-bar", job, tmp_path/"out.ipynb", "-p", "lrr", "1e-3", cwd=tmp_path, env={"LLMOPS_RUNS": str(tmp_path/"runs")})
+    assert done.returncode != 0 and "finetune has no parameter lrr. Did you mean lr?" in done.stderr
+    assert not (tmp_path/"runs").exists()
+
+def test_runs_that_cannot_be_written(tmp_path):
+    (tmp_path/"runs").write_text("a file where a folder should be")
+    done = run_command("llmops", "run", "prepare", cwd=tmp_path, env={"LLMOPS_RUNS": str(tmp_path/"runs")})
+    assert done.returncode == 2 and "Cannot write a run to" in done.stderr and "set LLMOPS_RUNS" in done.stderr
+
+def test_parameters_from_a_file(tmp_path):
+    (tmp_path/"p.yaml").write_text("limit: 50\nvalidation: 2e-1\nwandb: 'off'\n")
+    record = json.loads(llmops("run", "prepare", "-f", tmp_path/"p.yaml", "-p", "limit", "60", "--name", "small", "--json", env={"LLMOPS_RUNS": str(tmp_path/"runs")}))
+    assert (record["parameters"]["limit"], record["parameters"]["validation"], record["given"]) == (60, 0.2, ["limit", "validation", "wandb"])
+    assert (record["name"], record["status"]) == ("small", "finished")
+
+@pytest.mark.parametrize("command", ["jobs", "run", "runs", "show", "replay", "diff", "demo"])
+def test_every_command_has_help_and_json(command):
+    assert "--json" in llmops(command, "--help")
+
+def test_every_shipped_job_declares_itself():
+    jobs = json.loads(llmops("jobs", "--json"))
+    assert {"prepare", "pretrain", "finetune", "evaluate"} <= {o["job"] for o in jobs}
+    for job in jobs:
+        described = json.loads(llmops("jobs", job["job"], "--json"))
+        assert job["summary"] and all(o["help"] for o in described["parameters"])
+        assert {"seed", "wandb"} <= {o["name"] for o in described["parameters"]}
+
+def test_sigterm_ends_a_run_cleanly(tmp_path):
+    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
+    process = subprocess.Popen([sys.executable, "-m", "llmops_kit.runs.cli", "run", "finetune", "-p", "max_steps", "400", "-p", "wandb", "off"], cwd=tmp_path,
+                               env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path/"runs").glob("*/metrics.jsonl")): assert process.poll() is None
+    process.terminate()
+    _, told = process.communicate(timeout=60)
+    record = json.loads(llmops("runs", "--json", env=env))[0]
+    assert process.returncode == 1 and record["status"] == "killed" and "SIGTERM" in record["error"]["message"], told

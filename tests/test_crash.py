@@ -1,0 +1,55 @@
+"A run that is killed at any moment: the ledger finds out, nothing that was logged is lost, and the next run works."
+import json, os, subprocess, sys, time
+from pathlib import Path
+import nbformat, psutil, pytest
+from conftest import llmops
+
+SMALL = {"max_steps": 400, "train_examples": 400, "eval_every": 5, "wandb": "offline"}
+
+def _lines(run):
+    try: return len((run/"metrics.jsonl").read_text().splitlines())
+    except FileNotFoundError: return 0
+
+# what must have happened before the kill
+MOMENTS = {
+    "the record was just made": lambda run: True,
+    "the notebook was first written": lambda run: (run/"notebook.ipynb").exists(),
+    "the kernel has started the run": lambda run: json.loads((run/"run.json").read_text())["inputs"],
+    "a few steps were logged": lambda run: _lines(run) >= 3,
+    "training is well under way": lambda run: _lines(run) >= 12,
+}
+
+def _kill_tree(process):
+    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for o in tree:
+        try: o.kill()
+        except psutil.NoSuchProcess: pass
+    psutil.wait_procs(tree, timeout=30)
+    process.wait()
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigkill_of_the_whole_tree(moment, tmp_path):
+    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
+    arguments = [str(o) for k, v in SMALL.items() for o in ("-p", k, v)]
+    process = subprocess.Popen([sys.executable, "-m", "llmops_kit.runs.cli", "run", "finetune", *arguments], cwd=tmp_path, env=os.environ | env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while True:  # no sleep: each look at the folder is the wait
+        found = list((tmp_path/"runs").glob("*/run.json"))
+        if found and MOMENTS[moment](found[0].parent): break
+        assert process.poll() is None and time.monotonic() < deadline, f"never came to where {moment}"
+    run = found[0].parent
+    logged = _lines(run)
+    _kill_tree(process)
+
+    record = json.loads(llmops("runs", "--json", env=env))[0]
+    assert record["status"] == "killed" and record["id"] == run.name
+    shown = json.loads(llmops("show", run.name, "--json", env=env))
+    assert shown["error"]["type"] == "Killed" and shown["parameters"]["max_steps"] == 400
+    if (run/"notebook.ipynb").exists(): nbformat.validate(nbformat.read(run/"notebook.ipynb", 4))
+    history = [json.loads(o) for o in (run/"metrics.jsonl").read_text().splitlines()] if logged else []
+    assert len(history) >= logged  # what was there at the kill is there now, each line whole
+    assert [o["step"] for o in history] == sorted(o["step"] for o in history)
+
+    following = json.loads(llmops("run", "prepare", "-p", "limit", "60", "-p", "wandb", "off", "--json", env=env))
+    assert following["status"] == "finished"

@@ -1,0 +1,103 @@
+"prepare, pretrain, finetune and evaluate at a small size, as a user runs them: the record, wandb, replay."
+import json, shutil
+from pathlib import Path
+import nbformat, pytest
+from conftest import PROJECT, llmops, run_command
+
+SMALL = {
+    "prepare": {"limit": 400},
+    "pretrain": {"steps": 4, "eval_every": 2, "eval_blocks": 2, "layers": 1, "hidden_size": 64, "intermediate_size": 128, "max_length": 128},
+    "finetune": {"data": "latest:prepare", "max_steps": 6, "eval_every": 3, "max_new_tokens": 8},
+    "evaluate": {"adapter": "latest:finetune", "examples": 24, "max_new_tokens": 8},
+}
+
+def _arguments(values): return [str(o) for k, v in values.items() for o in ("-p", k, v)]
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory): return tmp_path_factory.mktemp("jobs")/"runs"
+
+@pytest.fixture(scope="module")
+def env(runs): return {"LLMOPS_RUNS": str(runs), "WANDB_MODE": "offline"}
+
+@pytest.fixture(scope="module")
+def records(env):
+    return {job: json.loads(llmops("run", job, *_arguments(values), "--json", env=env)) for job, values in SMALL.items()}
+
+@pytest.mark.parametrize("job", SMALL)
+def test_a_job_leaves_a_whole_record(job, records, runs):
+    record, folder = records[job], runs/records[job]["id"]
+    assert record["status"] == "finished" and record["error"] is None and record["given"] == sorted(SMALL[job])
+    for field in ("schema", "job_sha256", "environment", "seeds", "seconds", "peak_memory_bytes", "seal", "history", "tracking"): assert record[field], field
+    assert record["environment"]["packages"]["torch"] and record["environment"]["kit"]["sha256"]
+    assert record["outputs"] and all((folder/o["path"]).exists() for o in record["outputs"])
+    assert all(isinstance(o, (int, float)) for o in record["metrics"].values())
+    notebook = nbformat.read(folder/"notebook.ipynb", 4)
+    nbformat.validate(notebook)
+    assert any("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", ())), "the story has no picture"
+    assert not [o for c in notebook.cells for o in c.get("outputs", ()) if "KB/s" in str(o.get("text", ""))]
+
+def test_lineage(records):
+    made = {o["sha256"]: name for name, r in records.items() for o in r["outputs"]}
+    assert made[next(o["sha256"] for o in records["finetune"]["inputs"] if o["kind"] == "dataset")] == "prepare"
+    assert made[next(o["sha256"] for o in records["evaluate"]["inputs"] if o["kind"] == "adapter")] == "finetune"
+    assert next(o for o in records["finetune"]["inputs"] if o["kind"] == "dataset")["run"] == records["prepare"]["id"]
+    assert records["finetune"]["references"] == {"data": "latest:prepare"} and records["finetune"]["parameters"]["data"] == records["prepare"]["id"]
+
+def test_evaluate_has_every_metric_with_its_interval(records):
+    metrics = records["evaluate"]["metrics"]
+    for name in ("perplexity", "bleu", "rouge_l", "exact_match"):
+        for group in ("base", "test", "difference"):
+            low, value, high = (metrics[f"{group}/{name}{o}"] for o in ("/low", "", "/high"))
+            assert low <= value <= high
+        assert abs(metrics[f"test/{name}"] - metrics[f"base/{name}"] - metrics[f"difference/{name}"]) < 1e-9
+    assert metrics["test/examples"] == 24
+
+@pytest.mark.parametrize("job", SMALL)
+def test_wandb_holds_what_the_ledger_holds(job, records, runs):
+    from llmops_kit.runs.tracking import read_offline_run
+    record, folder = records[job], runs/records[job]["id"]
+    read = read_offline_run(folder)
+    assert read["state"] == "finished" and read["config"] == record["parameters"]
+    history = [json.loads(o) for o in (folder/"metrics.jsonl").read_text().splitlines()] if record["history"]["lines"] else []
+    assert [o for o in read["history"] if "step" in o] == [{"step": o["step"], **o["values"]} for o in history]
+    assert {k: read["summary"][k] for k in record["metrics"]} == record["metrics"]
+    digests = {json.loads(o["metadata"])["sha256"] if isinstance(o.get("metadata"), str) else o["metadata"]["sha256"] for o in read["artifacts"] if o.get("metadata")}
+    assert {o["sha256"] for o in record["outputs"] + record["inputs"]} <= digests
+    kinds = {o["type"] for o in read["artifacts"]}
+    assert "notebook" in kinds
+    if job == "evaluate": assert "predictions" in read["summary"] or any("predictions" in o["name"] for o in read["artifacts"])
+
+@pytest.mark.parametrize("job", ["prepare", "finetune", "evaluate"])
+def test_replay_agrees_to_the_last_bit(job, records, env):
+    told = json.loads(llmops("replay", records[job]["id"], "--json", env=env))
+    assert told["agrees"] and told["differences"] == [] and told["environment"] == []
+
+@pytest.mark.parametrize("job", ["finetune", "evaluate"])
+def test_one_number_altered_by_hand_fails_the_replay(job, records, runs, env):
+    path = runs/records[job]["id"]/"run.json"
+    honest = path.read_text()
+    name, value = next((k, v) for k, v in records[job]["metrics"].items() if isinstance(v, float) and not k.startswith("cost/"))
+    assert honest.count(f'"{name}": {value!r}') == 1
+    path.write_text(honest.replace(f'"{name}": {value!r}', f'"{name}": {value + 1e-6!r}'))
+    done = run_command("llmops", "replay", records[job]["id"], env=env)
+    path.write_text(honest)
+    assert done.returncode == 1 and name in done.stdout and "changed after the run" in done.stdout
+
+def test_diff_names_what_was_changed(records, env):
+    other = json.loads(llmops("run", "prepare", "-p", "limit", "300", "-p", "wandb", "off", "--json", env=env))
+    found = json.loads(llmops("diff", records["prepare"]["id"], other["id"], "--json", env=env))
+    assert {"limit", "wandb"} <= {o["name"] for o in found if o["part"] == "parameters"}
+    assert any(o["part"] == "outputs" for o in found)
+
+def test_plain_papermill_makes_the_same_record(records, env, tmp_path, runs):
+    values = SMALL["finetune"]
+    done = run_command("papermill", "--no-progress-bar", PROJECT/"nbs"/"jobs"/"finetune.ipynb", tmp_path/"out.ipynb", *_arguments(values), cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(llmops("show", "latest:finetune", "--json", env=env))
+    assert record["runner"] == "papermill" and record["id"] != records["finetune"]["id"]
+    comparable = lambda r: {k: v for k, v in r["metrics"].items() if not k.startswith("cost/")}
+    assert comparable(record) == comparable(records["finetune"])
+    assert record["job_sha256"] == records["finetune"]["job_sha256"] and record["given"] == records["finetune"]["given"]
+    assert {o["name"]: o["sha256"] for o in record["outputs"]} == {o["name"]: o["sha256"] for o in records["finetune"]["outputs"]}
+    kept = nbformat.read(runs/record["id"]/"notebook.ipynb", 4)
+    assert any("image/png" in o.get("data", {}) for c in kept.cells for o in c.get("outputs", ()))
