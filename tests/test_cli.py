@@ -1,7 +1,7 @@
 "The command line as scripts see it: exit codes, stdout, messages that name the fix, and nothing written by a wrong call."
-import json, os, subprocess, sys
+import json
 import pytest
-from conftest import PROJECT, llmops, run_command
+from conftest import PROJECT, llmops, run_command, start_llmops
 
 @pytest.mark.parametrize("arguments, message", [
     (["-p", "lrr", "1e-3"], "Did you mean lr?"),
@@ -47,8 +47,7 @@ def test_every_shipped_job_declares_itself():
 
 def test_sigterm_ends_a_run_cleanly(tmp_path):
     env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
-    process = subprocess.Popen([sys.executable, "-m", "llmops_kit.runs.cli", "run", "finetune", "-p", "max_steps", "400", "-p", "wandb", "off"], cwd=tmp_path,
-                               env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start_llmops("run", "finetune", "-p", "max_steps", "400", "-p", "wandb", "off", env=env)
     while not list((tmp_path/"runs").glob("*/metrics.jsonl")): assert process.poll() is None
     process.terminate()
     _, told = process.communicate(timeout=60)

@@ -1,8 +1,7 @@
 "A run that is killed at any moment: the ledger finds out, nothing that was logged is lost, and the next run works."
-import json, os, subprocess, sys, time
-from pathlib import Path
+import json, time
 import nbformat, psutil, pytest
-from conftest import llmops
+from conftest import llmops, start_llmops
 
 SMALL = {"max_steps": 400, "train_examples": 400, "eval_every": 5, "wandb": "offline"}
 
@@ -31,8 +30,7 @@ def _kill_tree(process):
 def test_sigkill_of_the_whole_tree(moment, tmp_path):
     env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
     arguments = [str(o) for k, v in SMALL.items() for o in ("-p", k, v)]
-    process = subprocess.Popen([sys.executable, "-m", "llmops_kit.runs.cli", "run", "finetune", *arguments], cwd=tmp_path, env=os.environ | env,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_llmops("run", "finetune", *arguments, env=env)
     deadline = time.monotonic() + 180
     while True:  # no sleep: each look at the folder is the wait
         found = list((tmp_path/"runs").glob("*/run.json"))

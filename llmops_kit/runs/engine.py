@@ -6,7 +6,7 @@
 __all__ = ['cell_seconds', 'ProgressLine', 'JobEngine', 'execute_job']
 
 # %% ../../nbs/runs/engine.ipynb #b04e323e
-import json, os, signal, sys, threading, time
+import errno, json, os, signal, sys, threading, time
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -214,6 +214,8 @@ def _end(id, error, redact): # make the record say how the run ended
     if error is None: kind, message = "Unfinished", "The notebook ended without run.finish(...). Call it in its last cell."
     elif isinstance(error, KeyboardInterrupt): kind, message = "Interrupted", f"Stopped by {error or 'an interrupt'} before the run had finished."
     elif hasattr(error, "evalue"): kind, message = error.ename, error.evalue  # papermill's, for an error in a cell
+    elif getattr(error, "errno", None) == errno.ENOSPC:
+        kind, message = "DiskFull", f"The disk of {folder.parent} is full. Free space there or set LLMOPS_RUNS to another disk; what was saved before is still in {folder}."
     else: kind, message = type(error).__name__, str(error)
     if record["status"] != "failed" or not record["error"]:
         update_record(id, status="killed" if kind == "Interrupted" else "failed", error={"type": kind, "message": redact.text(message)[:4000]},

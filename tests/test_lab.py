@@ -1,0 +1,121 @@
+"""Run All in a real JupyterLab, started by `make lab` and driven through a headless browser.
+Screenshots go to the folder that $LLMOPS_SCREENSHOTS names, else to pytest's temporary one."""
+import json, os, re, shutil, signal, subprocess, sys, threading
+from pathlib import Path
+import nbformat, pytest
+from conftest import copy_of_tree
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+PICTURE = ".jp-RenderedImage img, .jp-RenderedSVG img"
+pytestmark = pytest.mark.skipif(not BROWSER, reason="needs Chromium: apt-get install chromium")
+
+class Lab:
+    "A JupyterLab that `make lab` serves from a copy of the tree, with settings of its own."
+    def __init__(self, tree, runs, home):
+        self.tree, self.runs, self.log = tree, runs, []
+        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "LLMOPS_RUNS": str(runs),
+               **{f"JUPYTER_{kind}_DIR": str(home/kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}}
+        options = "--no-browser --ip=127.0.0.1 --port=0 --IdentityProvider.token=lab --LabApp.expose_app_in_browser=True" + (" --allow-root" if os.geteuid() == 0 else "")
+        self.process = subprocess.Popen(["make", "-s", "-o", ".venv/.installed", "lab", f"LAB={options}"], cwd=tree, env=env, text=True,
+                                        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for line in self.process.stdout:
+            self.log.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:(\d+)/lab", line): break
+        else: pytest.fail("JupyterLab did not start:\n" + "".join(self.log))
+        self.url = f"http://127.0.0.1:{found.group(1)}/lab/tree"
+        threading.Thread(target=lambda: self.log.extend(self.process.stdout), daemon=True).start()
+
+    def stop(self):
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try: self.process.wait(20)
+        except subprocess.TimeoutExpired: os.killpg(self.process.pid, signal.SIGKILL)
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    lab = Lab(copy_of_tree(folder/"tree"), folder/"runs", folder/"home")
+    yield lab
+    lab.stop()
+
+@pytest.fixture(scope="module")
+def page():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield browser.new_page(viewport=dict(width=1400, height=1000))
+        browser.close()
+
+@pytest.fixture
+def shots(tmp_path):
+    folder = Path(os.environ.get("LLMOPS_SCREENSHOTS", tmp_path/"screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+def with_parameters(path, **values):
+    "Write other values into the parameters cell, as a user would by typing; without stored outputs, what is seen later is new."
+    notebook = nbformat.read(path, 4)
+    cell, = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    for name, value in values.items():
+        cell.source, found = re.subn(rf"^({name}: [^=]+= )[^#\n]+?(\s*(#.*)?)$", lambda m: f"{m[1]}{value!r}{m[2]}", cell.source, flags=re.M)
+        assert found == 1, f"{path.name} has no parameter {name}"
+    for cell in notebook.cells:
+        if cell.cell_type == "code": cell.outputs = []
+    nbformat.write(notebook, path)
+
+def run_all(page, lab, path, shots, minutes):
+    "Open a notebook, Run > Run All Cells, see a picture while cells still run, wait for the last one, save; the notebook as it was saved."
+    page.goto(f"{lab.url}/{path.relative_to(lab.tree)}?token=lab")
+    indicator, counting = ".jp-Notebook-ExecutionIndicator", re.compile(r"Executed \d+/\d+ cells")
+    # the page says idle before there is a kernel, and drops a Run All that comes then: ask its session
+    page.wait_for_function("""() => {const kernel = window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel;
+        return kernel && kernel.connectionStatus == "connected" && kernel.status == "idle"}""", timeout=120_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    # idle also shows between two cells, so what the indicator counts decides: "Executed 3/12 cells" becomes "Executed 12 cells";
+    # after an error it never does
+    page.locator(indicator, has_text=counting).wait_for(timeout=60_000, state="attached")
+    failed = page.locator("[data-mime-type='application/vnd.jupyter.stderr']", has_text="Traceback (most recent call last)")
+    pictures = page.locator(PICTURE)
+    pictures.or_(failed).first.wait_for(timeout=minutes*60_000, state="attached")
+    if pictures.count(): pictures.first.scroll_into_view_if_needed()
+    page.screenshot(path=shots/f"{path.stem}-running.png")
+    live = page.locator(indicator, has_text=counting).count() == 1
+    done = page.locator(f"{indicator}[data-status=idle]", has_text=re.compile(r"Executed \d+ cells"))
+    try: done.or_(failed).first.wait_for(timeout=minutes*60_000, state="attached")
+    finally: page.screenshot(path=shots/f"{path.stem}-end.png")
+    page.keyboard.press("Control+s")
+    page.locator(".jp-mod-current.jp-mod-dirty").wait_for(state="detached")
+    return nbformat.read(path, 4), live
+
+def check_finetune(page, lab, path, shots, minutes):
+    before = set(lab.runs.glob("*/run.json"))
+    notebook, live = run_all(page, lab, path, shots, minutes)
+    errors = ["\n".join(o.traceback) for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "error"]
+    assert not errors, errors[0]
+    assert not [c.execution_count for c in notebook.cells if c.get("execution_count")], "saving cleans what changes with every run"
+    assert [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])], "and keeps the tag"
+    new = set(lab.runs.glob("*/run.json")) - before
+    assert len(new) == 1, f"one run, one record: {new}"
+    record = json.loads(new.pop().read_text())
+    assert (record["job"], record["status"]) == ("finetune", "finished")
+    assert any(name.startswith("validation/") for name in record["metrics"])
+    training, = [c for c in notebook.cells if c.cell_type == "code" and re.search(r"\bfinetune\(", c.source)]
+    assert live and any("image/png" in o.get("data", {}) for o in training.outputs), "the loss plot is there while the training runs, and after"
+    pictures = page.locator(PICTURE)
+    for i in range(pictures.count()):
+        pictures.nth(i).scroll_into_view_if_needed()
+        page.screenshot(path=shots/f"{path.stem}-picture-{i}.png")
+        assert pictures.nth(i).is_visible() and pictures.nth(i).evaluate("image => image.naturalWidth") > 200
+    return record
+
+def test_run_all_of_a_small_finetune(page, lab, shots):
+    path = lab.tree/"nbs/jobs/finetune-small.ipynb"
+    shutil.copy(lab.tree/"nbs/jobs/finetune.ipynb", path)
+    with_parameters(path, max_steps=6, eval_every=3, max_new_tokens=8, validation_examples=40)
+    check_finetune(page, lab, path, shots, minutes=4)
+
+@pytest.mark.slow
+def test_run_all_of_finetune_as_it_is(page, lab, shots):
+    check_finetune(page, lab, lab.tree/"nbs/jobs/finetune.ipynb", shots, minutes=10)
