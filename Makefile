@@ -26,25 +26,26 @@ $(STAMP): settings.ini constraints.txt pyproject.toml setup.py
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) 2>/dev/null || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV)/bin/python install -q pip; }
 	@$(VENV)/bin/python -m pip install -q -e '.[dev]' -c constraints.txt
-	@if git rev-parse --git-dir >/dev/null 2>&1; then \
+	@if [ -e .git ]; then \
 		git config merge.jupyternotebook.name "three-way merge of notebooks, cell by cell"; \
-		git config merge.jupyternotebook.driver "'$(CURDIR)/$(VENV)/bin/nbdev-merge' %O %A %B %P"; fi
+		git config merge.jupyternotebook.driver "'$(CURDIR)/$(VENV)/bin/nbdev-merge' %O %A %B %P"; \
+		hook=$$(git rev-parse --git-path hooks/pre-commit); mkdir -p "$${hook%/*}"; [ -e "$$hook" ] || cp .githooks/pre-commit "$$hook"; fi
 	@touch $(STAMP)
 
 demo: $(STAMP) ## prepare, finetune and evaluate on the embedded data and model: a table in under 5 minutes
 	@llmops demo
 
-# The tests leave runs/ alone, and torch takes the cores that pytest and nbdev-test do not need.
+# The tests leave runs/ alone. nbdev-test fills the cores with notebooks, so each of them gets one thread.
 test: $(STAMP) ## every test that CI runs: pytest, then every library notebook top to bottom
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export LLMOPS_RUNS="$$runs" && \
 	python -m pytest tests --durations=10 && \
-	nbdev-test nbs --skip-folder-re '^([_.]|jobs$$)' --timing && \
+	OMP_NUM_THREADS=1 nbdev-test nbs --skip-folder-re '^([_.]|jobs$$)' --timing && \
 	echo "make test: all passed"
 
 test-all: $(STAMP) ## the same with the long versions: slow tests, and the jobs with the defaults they ship with
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export LLMOPS_RUNS="$$runs" && \
 	python -m pytest tests --durations=20 -m '' && \
-	nbdev-test nbs --skip-folder-re '^([_.]|jobs$$)' --timing --flags slow && \
+	OMP_NUM_THREADS=1 nbdev-test nbs --skip-folder-re '^([_.]|jobs$$)' --timing --flags slow && \
 	echo "make test-all: all passed"
 
 # The server's root is the project, so that runs/ can be browsed too; notebooks are cleaned of volatile metadata as they are saved.

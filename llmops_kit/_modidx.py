@@ -391,7 +391,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'llmops_kit.runs.engine._kernel_config': ( 'runs/engine.html#_kernel_config',
                                                                                    'llmops_kit/runs/engine.py'),
                                         'llmops_kit.runs.engine._manager': ('runs/engine.html#_manager', 'llmops_kit/runs/engine.py'),
-                                        'llmops_kit.runs.engine._nothing': ('runs/engine.html#_nothing', 'llmops_kit/runs/engine.py'),
                                         'llmops_kit.runs.engine._papermill': ('runs/engine.html#_papermill', 'llmops_kit/runs/engine.py'),
                                         'llmops_kit.runs.engine._stoppable': ('runs/engine.html#_stoppable', 'llmops_kit/runs/engine.py'),
                                         'llmops_kit.runs.engine.cell_seconds': ( 'runs/engine.html#cell_seconds',

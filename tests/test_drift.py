@@ -44,6 +44,7 @@ def test_a_notebook_is_whole(path):
     nbformat.validate(notebook)
     assert not [c for c in notebook.cells if not c.get("id")], "every cell has an id"
     assert len({c.id for c in notebook.cells}) == len(notebook.cells), "no id stands twice"
+    assert notebook.metadata.kernelspec.name == "python3", "JupyterLab asks nothing when it opens it"
     errors = [o.evalue for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "error"]
     assert not errors, "no stored output is an error"
     assert len(notebook.cells) <= 70, f"{len(notebook.cells)} cells: a second idea wants a notebook of its own"
@@ -53,6 +54,18 @@ def test_a_heading_has_a_cell_of_its_own(path):
     crowded = [c.source for c in cells_of(path)[1:] if c.cell_type == "markdown"
                and re.match(r"#{1,6} ", c.source) and len(c.source.strip().splitlines()) > 1]
     assert not crowded
+
+@each_notebook
+def test_imports_have_a_cell_of_their_own(path):
+    "Building the site runs the cells that export or import, and only those: what else stands in such a cell may need what was not run."
+    cells = [c for c in cells_of(path) if c.cell_type == "code"]
+    if not any(re.search(r"^#\|\s*default_exp", c.source, re.M) for c in cells): return
+    alone = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    for cell in cells:
+        if exported(cell.source) or re.search(r"^#\|\s*eval: *false", cell.source, re.M): continue
+        body = ast.parse(re.sub(r"^\s*[%!].*$", "", cell.source, flags=re.M)).body
+        if any(isinstance(node, alone[:2]) for tree in body for node in ast.walk(tree)):
+            assert all(isinstance(node, alone) for node in body), f"move the import into a cell of its own:\n{cell.source}"
 
 @each_job
 def test_a_job_has_one_parameters_cell_and_exports_nothing(path):

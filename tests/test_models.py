@@ -6,6 +6,7 @@ from html import unescape
 import pytest, torch
 
 from llmops_kit.models.chat import DEFAULT_TEMPLATE, CompletionTooLong, has_markers, render, render_prompt, show_tokens
+from llmops_kit.runs.ledger import is_sealed
 from llmops_kit.models.load import bundled_folder, load_adapter, load_model, shared_copy
 from llmops_kit.models.tiny import install_bundled, largest, new_model, save_model, train_tokenizer
 from llmops_kit.runs.artifacts import bytes_of, sha256_of
@@ -73,8 +74,12 @@ def test_tokens_are_shown_in_html_and_on_the_terminal(tiny):
 
 
 def test_the_bundled_model_is_small_and_complete():
-    assert bytes_of(bundled_folder()) <= largest == 8_000_000
-    assert {"config.json", "model.safetensors", "tokenizer.json", "run.json", "metrics.jsonl", "README.md"} <= {o.name for o in bundled_folder().iterdir()}
+    beside = bundled_folder().with_name("tiny_run")
+    assert bytes_of(bundled_folder()) + bytes_of(beside) <= largest == 8_000_000
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {o.name for o in bundled_folder().iterdir()}
+    record = json.loads((beside/"run.json").read_text())
+    assert is_sealed(record) and record["status"] == "finished" and (beside/"metrics.jsonl").stat().st_size
+    assert sha256_of(bundled_folder()) == next(o["sha256"] for o in record["outputs"] if o["kind"] == "model")
 
 def test_loading_is_quiet_deterministic_and_identified(tiny, capfd):
     again = load_model("tiny")

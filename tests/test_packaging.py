@@ -1,10 +1,11 @@
 "The package as a user gets it: built from the source archive, installed away from the checkout."
 import ast, json, re, subprocess, sys, sysconfig, zipfile
 from configparser import ConfigParser
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from conftest import PROJECT, checked, copy_of_tree
 
@@ -12,6 +13,8 @@ settings = ConfigParser()
 settings.read(PROJECT/"settings.ini")
 CORE = [Requirement(line) for line in settings["requirements"]["install"].split("\n") if line]
 EXTRAS = {name: [Requirement(line) for line in lines.split("\n") if line] for name, lines in settings["extras"].items()}
+
+PINS = [Requirement(line) for line in (PROJECT/"constraints.txt").read_text().splitlines() if not line.startswith("#")]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
@@ -26,8 +29,8 @@ def test_the_wheel_has_the_jobs_the_model_and_nothing_else(wheel):
     assert {n.split("/")[0] for n in ours} == {"llmops_kit"}
     jobs = {p.name for p in (PROJECT/"nbs/jobs").glob("*.ipynb")}
     assert jobs and {n for n in ours if n.endswith(".ipynb")} == {f"llmops_kit/jobs/{name}" for name in jobs}
-    tiny = PROJECT/"llmops_kit/models/tiny"
-    assert {f"llmops_kit/models/tiny/{p.name}" for p in tiny.iterdir()} <= set(ours)
+    for folder in ("tiny", "tiny_run"):
+        assert {f"llmops_kit/models/{folder}/{p.name}" for p in (PROJECT/"llmops_kit/models"/folder).iterdir()} <= set(ours)
     assert {str(p.relative_to(PROJECT)) for p in (PROJECT/"llmops_kit").rglob("*.py")} <= set(ours)
     assert not [n for n in ours if n.startswith(("nbs/", "tests/")) or "__pycache__" in n]
     assert wheel.stat().st_size < 12e6
@@ -64,26 +67,21 @@ def test_it_works_installed_away_from_the_checkout(wheel, tmp_path):
     assert record["status"] == "finished" and (tmp_path/"runs"/record["id"]/"notebook.ipynb").exists()
 
 def test_every_requirement_has_a_lower_bound_and_a_pin_that_meets_it():
-    pins = {}
-    for line in (PROJECT/"constraints.txt").read_text().splitlines():
-        if line.startswith("#"): continue
-        pin = Requirement(line)
-        assert re.fullmatch(r"==[\w.]+", str(pin.specifier)) and not pin.url, f"{line}: one exact version, no address"
-        pins[canonicalize_name(pin.name)] = str(pin.specifier).lstrip("=")
+    for pin in PINS: assert re.fullmatch(r"==[\w.]+", str(pin.specifier)) and not pin.url, f"{pin}: one exact version, no address"
+    pins = {canonicalize_name(pin.name): str(pin.specifier).lstrip("=") for pin in PINS}
     assert pins["torch"] == "2.13.0"
     for requirement in [*CORE, *(r for rs in EXTRAS.values() for r in rs)]:
         assert ">=" in str(requirement.specifier), f"{requirement}: without a lower bound pip may fall back to an ancient version"
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
-def test_the_environment_is_the_pinned_one():
-    from importlib.metadata import PackageNotFoundError, version
+def test_the_environment_is_the_pinned_one_and_fits_any_python_3_11():
+    "A distribution's Python is often an early patch release, which some packages refuse: pip then ends in a conflict without a reason."
     different = []
-    for line in (PROJECT/"constraints.txt").read_text().splitlines():
-        if line.startswith("#"): continue
-        pin = Requirement(line)
-        try: here = version(pin.name).partition("+")[0]
-        except PackageNotFoundError: continue  # an extra that is not installed
-        if not pin.specifier.contains(here): different.append(f"{pin} is {here} here")
+    for pin in PINS:
+        try: here = distribution(pin.name)
+        except PackageNotFoundError: continue  # an extra that is not installed, or another platform's
+        if not pin.specifier.contains(here.version.partition("+")[0]): different.append(f"{pin} is {here.version} here")
+        else: assert SpecifierSet(here.metadata.get("Requires-Python") or "").contains("3.11.0"), pin
     if different: pytest.skip("not installed with constraints.txt: " + ", ".join(different))
 
 def test_every_import_is_a_requirement():

@@ -99,7 +99,8 @@ def _at_border(tokenizer, messages, ids, mask, prompt):
     head, text = _text(tokenizer, messages[:-1], prompt=True), _text(tokenizer, messages)
     if not text.startswith(head): raise UserError("The chat template renders a prompt that is not the beginning of the whole conversation, so what is trained would not be what is served. Use another template.")
     tail = _encode(tokenizer, text[len(head):])
-    return prompt + tail, (mask + [False] * len(prompt))[:len(prompt)] + [True] * len(tail)
+    same = next((i for i, (a, b) in enumerate(zip(ids, prompt)) if a != b), min(len(ids), len(prompt)))
+    return prompt + tail, mask[:same] + [False] * (len(prompt) - same) + [True] * len(tail)
 
 def _end_trained(tokenizer, ids, mask):
     "Each trained stretch ends with its end token: nothing after it is trained, and it is, even if a marker left it out."

@@ -99,15 +99,18 @@ def install_bundled(run:str,                # a finished pretrain run: an id, or
                     folder:Path|None=None,  # where to; the package's own place, if not given
                     )->Path:
     "Make the model of a run the bundled one."
-    from llmops_kit.runs.ledger import read_record, resolve_run, run_folder
+    from llmops_kit.runs.ledger import is_sealed, read_record, resolve_run, run_folder
     record = read_record(resolve_run(run))
     if record["status"] != "finished": raise UserError(f"Run {record['id']} is {record['status']}, not finished. Only a finished run's model can be bundled.")
+    if not is_sealed(record): raise UserError(f"The record of {record['id']} was changed after the run. Only an unchanged run's model can be bundled.")
     source, _ = model_folder(record["id"])
-    files = [*sorted(o for o in source.iterdir() if o.is_file()), run_folder(record["id"])/"run.json", run_folder(record["id"])/"metrics.jsonl"]
-    size = sum(bytes_of(o) for o in files)
+    notes = [run_folder(record["id"])/o for o in ("run.json", "metrics.jsonl")]
+    size = sum(map(bytes_of, [source, *notes]))
     if size > largest: raise UserError(f"The model of {record['id']} has {size:,} bytes with its record; the bundled one may have {largest:,}. Use fewer parameters.")
     folder = Path(folder or bundled_folder())
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for file in files: shutil.copyfile(file, folder/file.name)
+    beside = folder.with_name(f"{folder.name}_run")
+    for o in (folder, beside): shutil.rmtree(o, ignore_errors=True)
+    shutil.copytree(source, folder)
+    beside.mkdir()
+    for file in notes: shutil.copyfile(file, beside/file.name)
     return folder

@@ -7,9 +7,10 @@ __all__ = ['cell_seconds', 'ProgressLine', 'JobEngine', 'execute_job']
 
 # %% ../../nbs/runs/engine.ipynb #b04e323e
 import errno, json, os, signal, sys, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryFile
 from .artifacts import write_atomic
 from .catalog import Job, has_tag, source_of
 from .environment import thread_count
@@ -132,6 +133,7 @@ class JobEngine:
                          redact:Redactor|None=None,      # knows the secrets; made from papermill's parameters, if not given
                          **kwargs):
         "Execute a notebook in a kernel of its own."
+        from nbclient.exceptions import DeadKernelError
         from papermill.clientwrap import PapermillNotebookClient
         from papermill.log import logger
         redact = redact or Redactor(nb.metadata.get("papermill", {}).get("parameters", {}))
@@ -141,7 +143,11 @@ class JobEngine:
         try:
             client = PapermillNotebookClient(manager, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name, log=logger,
                                              log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file, config=_kernel_config())
-            client.execute(env=dict(os.environ) | {"PYTHONHASHSEED": "0"} if env is None else env)
+            with TemporaryFile() as said:  # what the kernel's process itself writes to stderr is noise, unless it dies
+                try: client.execute(env=dict(os.environ) | {"PYTHONHASHSEED": "0"} if env is None else env, stderr=said)
+                except DeadKernelError as error:
+                    said.seek(0)
+                    raise DeadKernelError("\n".join([str(error), *redact.text(said.read().decode(errors="replace")).splitlines()[-12:]])) from None
         finally:
             manager.cleanup_pbar()
             manager.notebook_complete()
@@ -176,10 +182,11 @@ def execute_job(job:Job,                 # what to run
     env = {k: v for k, v in os.environ.items() if k not in ("JPY_SESSION_NAME", "LLMOPS_RUN")}
     env |= {"LLMOPS_RUN": id, "LLMOPS_RUNS": str(runs_dir()), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": str(record["environment"]["threads"])}
     progress = None if quiet else ProgressLine(job.name, job.notebook["cells"], folder, cell_seconds(job.name))
+    stopped = []  # the signal, if there was one
     try:
-        with _stoppable(), (progress.ticking() if progress else _nothing()): _papermill(job, values, folder, env=env, progress=progress, redact=redact)
-    except BaseException as error: _end(id, error, redact)
-    else: _end(id, None, redact)
+        with _stoppable(stopped), (progress.ticking() if progress else nullcontext()): _papermill(job, values, folder, env=env, progress=progress, redact=redact)
+    except BaseException as error: _end(id, error, stopped, redact)
+    else: _end(id, None, stopped, redact)
     record = read_record(id)
     if progress:
         how = f"{record['status']} in {record.get('seconds', 0):.1f} s" + (f": {record['error']['message'][:500]}" if record["error"] else "")
@@ -187,36 +194,36 @@ def execute_job(job:Job,                 # what to run
     return record
 
 @contextmanager
-def _nothing(): yield
-
-@contextmanager
-def _stoppable(): # SIGTERM, from a scheduler or a spot machine, ends a run like an interrupt
+def _stoppable(stopped): # a terminal's interrupt, or SIGTERM from a scheduler or a spot machine, ends a run in order
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    def stop(number, frame): raise KeyboardInterrupt(signal.Signals(number).name)
-    before = signal.signal(signal.SIGTERM, stop)
+    def stop(number, frame):
+        stopped.append(signal.Signals(number).name)
+        raise KeyboardInterrupt
+    before = {o: signal.signal(o, stop) for o in (signal.SIGTERM, signal.SIGINT)}
     try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    finally:
+        for o, handler in before.items(): signal.signal(o, handler)
 
 def _papermill(job, values, folder, **options):
     import logging
-    logging.getLogger("traitlets").setLevel(logging.ERROR)
+    for name in ("traitlets", "papermill"): logging.getLogger(name).setLevel(logging.ERROR)  # its check of names cannot read `T|None`; ours can
     import papermill
     papermill.execute_notebook(str(job.path), None, values, engine_name="llmops", kernel_name="python3", progress_bar=False,
                                run_notebook=folder/"notebook.ipynb", **options)
 
-def _end(id, error, redact): # make the record say how the run ended
+def _end(id, error, stopped, redact): # make the record say how the run ended
     from llmops_kit.runs.history import history_digest
     from llmops_kit.runs.job import ended
     record, folder = read_record(id), run_folder(id)
-    if error is None and record["status"] == "finished": return
-    if error is None: kind, message = "Unfinished", "The notebook ended without run.finish(...). Call it in its last cell."
-    elif isinstance(error, KeyboardInterrupt): kind, message = "Interrupted", f"Stopped by {error or 'an interrupt'} before the run had finished."
+    if record["status"] == "finished" and (error is None or stopped): return
+    if stopped: kind, message = "Interrupted", f"Stopped by {stopped[0]} before the run had finished."
+    elif error is None: kind, message = "Unfinished", "The notebook ended without run.finish(...). Call it in its last cell."
     elif hasattr(error, "evalue"): kind, message = error.ename, error.evalue  # papermill's, for an error in a cell
     elif getattr(error, "errno", None) == errno.ENOSPC:
         kind, message = "DiskFull", f"The disk of {folder.parent} is full. Free space there or set LLMOPS_RUNS to another disk; what was saved before is still in {folder}."
     else: kind, message = type(error).__name__, str(error)
-    if record["status"] != "failed" or not record["error"]:
+    if stopped or record["status"] != "failed" or not record["error"]:
         update_record(id, status="killed" if kind == "Interrupted" else "failed", error={"type": kind, "message": redact.text(message)[:4000]},
                       history=history_digest(folder), **ended(record))

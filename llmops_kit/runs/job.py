@@ -282,8 +282,10 @@ class Run:
 
     def _after_cell(self, result):
         error = result.error_in_exec or result.error_before_exec
-        if error is not None and self.record["status"] == "running": self._fail(type(error).__name__, str(error))
-        elif error is None and self.record["status"] == "failed" and Run.current is self:
+        if error is not None and self.record["status"] == "running":
+            if isinstance(error, KeyboardInterrupt): self._fail("Interrupted", "Interrupted before the run had finished.", "killed")
+            else: self._fail(type(error).__name__, str(error))
+        elif error is None and self.record["status"] in ("failed", "killed") and Run.current is self:
             self._update(status="running", error=None)  # the user mended the cell and went on
         if self.record["status"] == "finished":
             from IPython import get_ipython
