@@ -13,7 +13,7 @@ class MuonAdamW(torch.optim.Optimizer):
     "Muon on the weight matrices inside a model, AdamW on embeddings and norms."
     def __init__(self,
                  model:torch.nn.Module,   # its trainable parameters
-                 lr:float=0.02,           # of Muon
+                 lr:float=0.005,          # of Muon
                  adamw_ratio:float=0.15,  # AdamW's learning rate as a share of it
                  weight_decay:float=0.1): # of matrices and embeddings
         outside = {id(o.weight) for o in (model.get_input_embeddings(), model.get_output_embeddings()) if o is not None}

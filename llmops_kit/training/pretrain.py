@@ -146,7 +146,7 @@ def pretrain(
     corpus,                      # a `Corpus`
     *,
     folder:str|Path,             # where checkpoints go
-    lr:float=0.02,               # peak learning rate of Muon; AdamW's, on embeddings and norms, is 0.15 of it
+    lr:float=0.005,              # peak learning rate of Muon; AdamW's, on embeddings and norms, is 0.15 of it
     steps:int=1000,              # optimizer steps
     batch_size:int=8,            # blocks in a step
     block_length:int|None=None,  # tokens in a block; None: the model's context
