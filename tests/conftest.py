@@ -1,5 +1,5 @@
 "What several tests share."
-import os, shutil, subprocess, sys
+import os, shutil, subprocess, sys, time
 from pathlib import Path
 import pytest
 
@@ -35,3 +35,12 @@ def start_llmops(*arguments, env=None):
     "Start the `llmops` command in the background."
     return subprocess.Popen([str(Path(sys.executable).parent/"llmops"), *map(str, arguments)], cwd=PROJECT, env={**os.environ, **(env or {})},
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+def wait_until(condition, process, seconds=180):
+    "Wait for what a process in the background does; the wait leaves it the processor."
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "it ended before that"
+        assert time.monotonic() < deadline, "it never came to that"
+        try: process.wait(0.1)
+        except subprocess.TimeoutExpired: pass

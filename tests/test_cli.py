@@ -1,7 +1,7 @@
 "The command line as scripts see it: exit codes, stdout, messages that name the fix, and nothing written by a wrong call."
 import json
 import pytest
-from conftest import PROJECT, llmops, run_command, start_llmops
+from conftest import PROJECT, llmops, run_command, start_llmops, wait_until
 
 @pytest.mark.parametrize("arguments, message", [
     (["-p", "lrr", "1e-3"], "Did you mean lr?"),
@@ -48,7 +48,7 @@ def test_every_shipped_job_declares_itself():
 def test_sigterm_ends_a_run_cleanly(tmp_path):
     env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
     process = start_llmops("run", "finetune", "-p", "max_steps", "400", "-p", "wandb", "off", env=env)
-    while not list((tmp_path/"runs").glob("*/metrics.jsonl")): assert process.poll() is None
+    wait_until(lambda: list((tmp_path/"runs").glob("*/metrics.jsonl")), process)
     process.terminate()
     _, told = process.communicate(timeout=60)
     record = json.loads(llmops("runs", "--json", env=env))[0]

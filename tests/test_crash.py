@@ -1,7 +1,7 @@
 "A run that is killed at any moment: the ledger finds out, nothing that was logged is lost, and the next run works."
-import json, time
+import json
 import nbformat, psutil, pytest
-from conftest import llmops, start_llmops
+from conftest import llmops, start_llmops, wait_until
 
 SMALL = {"max_steps": 400, "train_examples": 400, "eval_every": 5, "wandb": "offline"}
 
@@ -31,12 +31,9 @@ def test_sigkill_of_the_whole_tree(moment, tmp_path):
     env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
     arguments = [str(o) for k, v in SMALL.items() for o in ("-p", k, v)]
     process = start_llmops("run", "finetune", *arguments, env=env)
-    deadline = time.monotonic() + 180
-    while True:  # no sleep: each look at the folder is the wait
-        found = list((tmp_path/"runs").glob("*/run.json"))
-        if found and MOMENTS[moment](found[0].parent): break
-        assert process.poll() is None and time.monotonic() < deadline, f"never came to where {moment}"
-    run = found[0].parent
+    found = lambda: list((tmp_path/"runs").glob("*/run.json"))
+    wait_until(lambda: found() and MOMENTS[moment](found()[0].parent), process)
+    run = found()[0].parent
     logged = _lines(run)
     _kill_tree(process)
 
