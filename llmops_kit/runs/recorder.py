@@ -71,7 +71,9 @@ class Recorder:
         with self.lock:
             notebook = redact_notebook({"cells": deepcopy(self.cells), "metadata": {"kernelspec": {
                 "display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}, self.redact)
-        write_atomic(self.path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+        from jupyter_client.jsonutil import json_default
+        # pictures may be bytes here, which the protocol turns into base64
+        write_atomic(self.path, json.dumps(notebook, indent=1, ensure_ascii=False, default=json_default) + "\n")
 
 # %% ../../nbs/runs/recorder.ipynb #57b7fb1f
 class KernelTap:
