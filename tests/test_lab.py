@@ -39,7 +39,7 @@ def lab(tmp_path_factory):
     yield lab
     lab.stop()
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def page():
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
@@ -66,7 +66,7 @@ def with_parameters(path, **values):
 
 def run_all(page, lab, path, shots, minutes):
     "Open a notebook, Run > Run All Cells, see a picture while cells still run, wait for the last one, save; the notebook as it was saved."
-    page.goto(f"{lab.url}/{path.relative_to(lab.tree)}?token=lab")
+    page.goto(f"{lab.url}/{path.relative_to(lab.tree)}?token=lab&reset")  # without the tabs of an earlier test
     indicator, counting = ".jp-Notebook-ExecutionIndicator", re.compile(r"Executed \d+/\d+ cells")
     # the page says idle before there is a kernel, and drops a Run All that comes then: ask its session
     page.wait_for_function("""() => {const kernel = window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel;
