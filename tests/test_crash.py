@@ -1,7 +1,7 @@
 "A run that is killed at any moment: the ledger finds out, nothing that was logged is lost, and the next run works."
 import json
 import nbformat, psutil, pytest
-from conftest import llmops, start_llmops, wait_until
+from conftest import PROJECT, llmops, start_llmops, wait_until
 
 SMALL = {"max_steps": 400, "train_examples": 400, "eval_every": 5, "wandb": "offline"}
 
@@ -45,6 +45,8 @@ def test_sigkill_of_the_whole_tree(moment, tmp_path):
     history = [json.loads(o) for o in (run/"metrics.jsonl").read_text().splitlines()] if logged else []
     assert len(history) >= logged  # what was there at the kill is there now, each line whole
     assert [o["step"] for o in history] == sorted(o["step"] for o in history)
+
+    assert not [*PROJECT.glob("*-ipc-*")]  # a killed kernel's sockets are not the user's to sweep up
 
     following = json.loads(llmops("run", "prepare", "-p", "limit", "60", "-p", "wandb", "off", "--json", env=env))
     assert following["status"] == "finished"

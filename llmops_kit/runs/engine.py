@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryFile
+from uuid import uuid4
 from .artifacts import write_atomic
 from .catalog import Job, has_tag, source_of
 from .environment import thread_count
@@ -116,9 +117,11 @@ def _manager(nb, output_path, progress, redact, **options):
 def _kernel_config():
     from jupyter_core.paths import jupyter_runtime_dir
     from traitlets.config import Config
-    # a socket's path may have 107 bytes; connection files are called kernel-<uuid>.json-ipc-<n>
-    short = len(jupyter_runtime_dir()) < 50 and os.name == "posix"
-    return Config({"KernelManager": {"transport": "ipc"}} if short else {})
+    # named here: the kernel manager's own default is one name for all kernels, in the current directory
+    sockets = f"{jupyter_runtime_dir()}/llmops-{os.getpid()}-{uuid4().hex[:8]}"
+    short = len(sockets) < 100 and os.name == "posix"  # a socket's path may have 107 bytes
+    if short: os.makedirs(jupyter_runtime_dir(), mode=0o700, exist_ok=True)
+    return Config({"KernelManager": {"transport": "ipc", "ip": sockets}} if short else {})
 
 class JobEngine:
     "papermill's engine `llmops`."

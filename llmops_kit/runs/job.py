@@ -45,6 +45,8 @@ def first_record(job:str,              # its name
                  **more)->dict:
     "What is known when a run starts, without secrets."
     values, references = resolve_references(values)
+    root = jobs_dir().parent.parent  # of the project, or of the installed packages: a record travels without it
+    if path and Path(path).is_relative_to(root): path = Path(path).relative_to(root).as_posix()
     redact = Redactor(values)
     return {"id": new_run_id(job), "job": job, "job_path": path, "job_sha256": sha256, "runner": runner, "status": "running", "process": this_process(),
             "started": _now(), "parameters": redact.value(values), "parameter_types": {k: p.type for k, p in parameters.items()},
