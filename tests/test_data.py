@@ -1,13 +1,14 @@
 "Data: every kind of bad input is refused with its fix, a clean one passes, and splits and digests depend on content alone."
-import json, shutil, sysconfig
+import json, os, shutil, subprocess, sys, sysconfig
 from pathlib import Path
 
 import pytest
 
-from llmops_kit.data.conversations import ASIDE
+from llmops_kit.data.assemble import DROPPED
+from llmops_kit.data.dataset import Examples
 from llmops_kit.data.docstrings import python_functions
-from llmops_kit.data.examples import Examples, load_examples, origin
-from llmops_kit.data.splits import SPLITS, into_splits, split_of
+from llmops_kit.data.examples import load_examples, origin
+from llmops_kit.data.splits import SPLITS, split_of
 from llmops_kit.runs.artifacts import sha256_of
 from llmops_kit.runs.errors import UserError
 
@@ -52,10 +53,10 @@ def test_folder_of_files_keeps_its_splits(tmp_path):
     for name,part in (("train", rows()[:40]), ("valid", rows()[40:50]), ("test", rows()[50:])): jsonl(tmp_path/f"{name}.jsonl", part)
     assert load_examples(str(tmp_path)).counts() == {"train": 40, "validation": 10, "test": 10}
 
-def test_a_held_out_row_that_is_also_in_training_is_dropped(tmp_path):
+def test_a_training_row_that_is_also_held_out_is_dropped(tmp_path):
     for name,part in (("train", rows()[:40]), ("valid", rows()[35:50]), ("test", rows()[50:])): jsonl(tmp_path/f"{name}.jsonl", part)
     examples = load_examples(str(tmp_path))
-    assert examples.counts()["validation"] == 10 and examples.dropped == {"row: repeated": 5}
+    assert examples.counts() == {"train": 35, "validation": 15, "test": 10} and examples.dropped == {"row: repeated": 5}
 
 def test_byte_order_mark_windows_lines_and_line_separators(tmp_path):
     text = "".join(json.dumps({"prompt": f"Line\u2028{i}", "completion": "a\u0085b"}, ensure_ascii=False) + "\r\n" for i in range(60))
@@ -79,8 +80,8 @@ def test_empty_file(tmp_path, name, content):
     with pytest.raises(UserError, match=f"{name} is empty"): load_examples(str(tmp_path/name))
 
 def test_csv_without_the_columns(tmp_path):
-    (tmp_path/"faq.csv").write_text("question,answer\nWhy?,Because.\n")
-    with pytest.raises(UserError, match="has the columns question, answer, but `prompt` and `completion`, or `messages`, are needed"):
+    (tmp_path/"faq.csv").write_text("ticket,reply\nWhy?,Because.\n")
+    with pytest.raises(UserError, match="has the columns ticket, reply, but `prompt` and `completion`, or `messages`, .*are needed.*columns=\"prompt=ticket,completion=reply\""):
         load_examples(str(tmp_path/"faq.csv"))
 
 def test_malformed_lines_are_refused_and_kept_aside(tmp_path):
@@ -88,7 +89,7 @@ def test_malformed_lines_are_refused_and_kept_aside(tmp_path):
     path = jsonl(tmp_path/"support.jsonl", lines)
     with pytest.raises(UserError, match=r"3 of 63 rows of support.jsonl are malformed \(4.8%\), more than max_bad=0.01.* line 61: .*Repair them, or raise max_bad"):
         load_examples(str(path), aside=tmp_path/"aside")
-    bad = [json.loads(l) for l in (tmp_path/"aside"/ASIDE).read_text().splitlines()]
+    bad = [json.loads(l) for l in (tmp_path/"aside"/DROPPED).read_text().splitlines()]
     assert [(b["file"], b["line"]) for b in bad] == [("support.jsonl", 61), ("support.jsonl", 62), ("support.jsonl", 63)]
     assert bad[0]["text"] == '{"prompt": "cut'
 
@@ -97,7 +98,7 @@ def test_malformed_lines_below_the_share_are_counted(tmp_path):
     examples = load_examples(str(path), max_bad=0.05, aside=tmp_path/"aside")
     assert sum(examples.counts().values()) == 60 and examples.dropped == {"row: malformed": 1}
     assert "1 malformed row of support.jsonl" in examples.warnings[0]
-    assert len((tmp_path/"aside"/ASIDE).read_text().splitlines()) == 1
+    assert len((tmp_path/"aside"/DROPPED).read_text().splitlines()) == 1
 
 def test_invalid_utf8(tmp_path):
     good = "".join(json.dumps(r) + "\n" for r in rows()).encode()
@@ -110,7 +111,7 @@ def test_blank_completions_are_counted_not_refused(tmp_path):
     blank = [r | {"completion": c} for r,c in zip(rows(70)[60:], ["", " ", None, "\n"])]
     examples = load_examples(str(jsonl(tmp_path/"b.jsonl", rows() + blank)), aside=tmp_path)
     assert examples.dropped == {"row: blank completion": 4}
-    assert len((tmp_path/ASIDE).read_text().splitlines()) == 4
+    assert len((tmp_path/DROPPED).read_text().splitlines()) == 4
 
 def test_nothing_left_gives_the_counts(tmp_path):
     path = jsonl(tmp_path/"b.jsonl", [r | {"completion": " "} for r in rows(5)])
@@ -129,14 +130,14 @@ def test_one_group_for_everything(tmp_path):
 
 def test_wrong_types_and_roles(tmp_path):
     for row in ({"prompt": 7, "completion": "x"}, {"messages": [{"role": "narrator", "content": "x"}]}, {"messages": "text"},
-                {"messages": [{"role": "user", "content": "no answer"}]}, {"prompt": "half \ud800", "completion": "x"}):
+                {"messages": [{"role": "user", "content": "no answer"}]}):
         with pytest.raises(UserError, match="1 of 1 rows"): load_examples(str(jsonl(tmp_path/"w.jsonl", [row])))
 
 def test_unreadable_files(tmp_path):
     (tmp_path/"x.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match="not a readable Parquet file"): load_examples(str(tmp_path/"x.parquet"))
     (tmp_path/"x.json").write_text("[]")
-    with pytest.raises(UserError, match="rename it to .jsonl"): load_examples(str(tmp_path/"x.json"))
+    with pytest.raises(UserError, match="x.json is empty"): load_examples(str(tmp_path/"x.json"))
     (tmp_path/"q.csv").write_text('prompt,completion\n"never closed,x\n')
     with pytest.raises(UserError, match="not valid CSV near line"): load_examples(str(tmp_path/"q.csv"))
     (tmp_path/"empty").mkdir()
@@ -165,12 +166,11 @@ def test_adding_rows_moves_no_old_row(tmp_path):
     after = ids(load_examples(str(jsonl(tmp_path/"b.jsonl", rows(1100)))))
     assert {i: after[i] for i in before} == before
 
-def test_one_prompt_is_in_one_split():
-    from llmops_kit.data.conversations import canonical_row
-    answers = [(None, canonical_row({"prompt": f"Q{i}", "completion": f"A{j}"})) for i in range(50) for j in range(3)]
-    splits,_ = into_splits(answers)
-    groups = [{r["group"] for r in splits[s]} for s in SPLITS]
-    assert sum(map(len, groups)) == 50
+def test_one_prompt_is_in_one_split(tmp_path):
+    path = jsonl(tmp_path/"a.jsonl", [{"prompt": f"Q{i}", "completion": f"A{j}"} for i in range(50) for j in range(3)])
+    examples = load_examples(str(path))
+    assert sum(examples.counts().values()) == 150
+    assert sum(len(set(t["group"])) for t in examples.splits().values()) == 50
 
 def test_shares_that_leave_nothing():
     with pytest.raises(UserError, match="leave nothing to train on"): split_of("a", validation=0.5, test=0.5)

@@ -9,6 +9,9 @@ SMALL = {
     "pretrain": {"steps": 4, "eval_every": 2, "eval_blocks": 2, "layers": 1, "hidden_size": 64, "intermediate_size": 128, "max_length": 128},
     "finetune": {"data": "latest:prepare", "max_steps": 6, "eval_every": 3, "max_new_tokens": 8},
     "evaluate": {"adapter": "latest:finetune", "examples": 24, "max_new_tokens": 8},
+    "prompt": {"data": "latest:prepare", "examples": 24, "generated": 4, "resamples": 200, "max_new_tokens": 8},
+    "search_prompt": {"data": "latest:prepare", "budget": 300, "counts": "0", "resamples": 200},
+    "bench_prepare": {"rows": 2000, "sample": 100, "processes": 1},
 }
 
 def _arguments(values): return [str(o) for k, v in values.items() for o in ("-p", k, v)]
@@ -35,6 +38,10 @@ def test_a_job_leaves_a_whole_record(job, records, runs):
     nbformat.validate(notebook)
     assert any("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", ())), "the story has no picture"
     assert not [o for c in notebook.cells for o in c.get("outputs", ()) if "KB/s" in str(o.get("text", ""))]
+
+def test_certificates_are_in_the_records(records):
+    assert records["prepare"]["certificates"]["separation"]["passed"] is True
+    for job in ("finetune", "evaluate"): assert records[job]["certificates"]["parity"]["passed"] is True and records[job]["certificates"]["parity"]["value"] == 0
 
 def test_lineage(records):
     made = {o["sha256"]: name for name, r in records.items() for o in r["outputs"]}

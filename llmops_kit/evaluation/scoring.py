@@ -10,7 +10,7 @@ import math, time
 from dataclasses import dataclass
 import numpy as np
 import torch
-from ..models.chat import CompletionTooLong, render, render_prompt
+from ..models.chat import CompletionTooLong, render_prompt, render_row
 from ..models.load import LanguageModel
 from ..runs.errors import UserError
 from ..training.batching import collate, n_trained, token_batches
@@ -35,13 +35,13 @@ def fitting(lm:LanguageModel, rows)->tuple[list[dict], list[str]]: # the others 
     "The rows whose answer fits into the model's context; training leaves the others out, too."
     fit, others = [], []
     for row in rows:
-        try: render(lm.tokenizer, row["messages"], lm.max_length)
+        try: render_row(lm.tokenizer, row, lm.max_length)
         except CompletionTooLong: others.append(row["id"])
         else: fit.append(row)
     return fit, others
 
 def _render_row(lm, row):
-    try: rendered = render(lm.tokenizer, row["messages"], lm.max_length)
+    try: rendered = render_row(lm.tokenizer, row, lm.max_length)
     except CompletionTooLong as e: raise UserError(f"Example {row['id']!r}: {e}") from None
     if not n_trained(rendered.mask):
         raise UserError(f"Example {row['id']!r} has no answer to score. Each example needs a last turn by the assistant with some text.")
@@ -141,8 +141,8 @@ def generate(lm:LanguageModel,
     start, rows, model = time.perf_counter(), list(rows), _ready(lm)
     room = lm.max_length - max_new_tokens
     if room < 1: raise UserError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {lm.max_length} tokens. Use a smaller number.")
-    whole = [render_prompt(lm.tokenizer, row["messages"]) for row in rows]
-    prompts = [ids if len(ids) <= room else render_prompt(lm.tokenizer, row["messages"], room) for ids, row in zip(whole, rows)]
+    whole = [render_prompt(lm.tokenizer, row["messages"], tools=row.get("tools")) for row in rows]
+    prompts = [ids if len(ids) <= room else render_prompt(lm.tokenizer, row["messages"], room, row.get("tools")) for ids, row in zip(whole, rows)]
     ends, answers, done = end_tokens(lm), [None]*len(rows), 0
     for members in _in_batches(prompts, tokens_per_batch, max_new_tokens):
         found = greedy(model, [prompts[i] for i in members], max_new_tokens, ends, lm.tokenizer.pad_token_id)

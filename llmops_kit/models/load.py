@@ -11,8 +11,9 @@ import copy, json, re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 import torch
-from .chat import DEFAULT_TEMPLATE
+from .templates import DEFAULT_TEMPLATE, one_start
 from ..runs.artifacts import Artifact
 from ..runs.errors import UserError
 from ..runs.ledger import find_output, is_run_ref
@@ -41,7 +42,10 @@ def _quiet():
     import huggingface_hub.utils as hub
     level, bars, hub_bars = hf.get_verbosity(), hf.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
     hf.set_verbosity_error(); hf.disable_progress_bar(); hub.disable_progress_bars()
-    try: yield
+    try:
+        with catch_warnings():
+            simplefilter("ignore", FutureWarning) # what transformers says to peft is no news for the user
+            yield
     finally:
         hf.set_verbosity(level)
         if bars: hf.enable_progress_bar()
@@ -117,6 +121,7 @@ def load_model(model:str="tiny",         # bundled name, folder, run id, or hub 
     if not tokenizer.chat_template:
         tokenizer.chat_template = DEFAULT_TEMPLATE
         warnings.append(f"{model} has no chat template; the kit's plain default is used (### User: … ### Assistant: …).")
+    if one_start(tokenizer): warnings.append(f"The tokenizer of {model} added a second start token to what its chat template writes; it no longer does.")
     if tokenizer.eos_token_id is None: raise UserError(f"The tokenizer of {model} has no end token, so the model cannot learn to stop. Set eos_token in its tokenizer_config.json.")
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     artifact = Artifact.of(folder, name="model", kind="model", run=run, source=f"{model}@{revision}" if revision else model)

@@ -31,9 +31,11 @@ def write_atomic(path:str|Path,     # final place; its folder is made if missing
         raise
 
 # %% ../../nbs/runs/artifacts.ipynb #f1b514bc
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)  # json.dumps would make one for each row
+
 def canonical_json(value)->str: # JSON with sorted keys, no spaces, text unescaped
     "One text for one value: what rows and records are hashed by."
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _canonical.encode(value)
 
 def sha256_text(text:str)->str: # 64 hex digits
     "SHA-256 of a text's UTF-8 bytes."

@@ -19,6 +19,7 @@ from .ledger import create_record, new_run_id, read_record, resolve_run, run_fol
 from .parameters import check_names, check_value, read_parameters
 from .recorder import KernelTap, Recorder
 from .secrets import Redactor
+from .store import keep_content
 from .tracking import Tracker, tracking_mode
 
 # %% ../../nbs/runs/job.ipynb #82ae6f75
@@ -168,6 +169,16 @@ class Run:
 
     def _update(self, **changes): self.record = update_record(self.id, **changes)
 
+    def resolve(self,
+                name:str, # a parameter
+                value,    # what it means now
+                ):        # the value
+        "Write down what a parameter that names something changing means now; a replay gets the same."
+        self._update(parameters=self.record["parameters"] | {name: value}, references=self.record["references"] | {name: self.record["parameters"][name]})
+        self.parameters = self.record["parameters"]
+        self.tracker.config({name: value})
+        return value
+
     # -- inputs and outputs
     def use(self,
             name:str, # what the record calls it
@@ -175,6 +186,7 @@ class Run:
             ):        # the thing
         "Record an input by its content."
         artifact = getattr(thing, "artifact", None) or Artifact.of(thing, name, "file")
+        if artifact.kind == "dataset" and not artifact.run and hasattr(thing, "save"): keep_content(thing)  # no run made it: its rows are nowhere else
         self._update(inputs=[o for o in self.record["inputs"] if o["name"] != name] + [artifact.as_dict() | {"name": name}])
         for text in getattr(thing, "warnings", ()): self.warn(text)
         self.tracker.artifact(artifact)
@@ -253,6 +265,7 @@ class Run:
         "Record a property that was tested on this run's own model and data."
         certificate = {"passed": bool(passed), "value": plain_number(value), "tolerance": plain_number(tolerance), "about": about}
         self._update(certificates=self.record["certificates"] | {name: certificate})
+        if not passed: self.warn(f"The certificate {name} failed: {about}")
 
     # -- the end
     def finish(self,

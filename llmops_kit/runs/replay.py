@@ -17,12 +17,13 @@ from .errors import UserError
 from .history import comparable, history_digest, read_history
 from .ledger import is_sealed, read_record, resolve_run, run_folder
 from .parameters import check_names, check_value
+from .store import diff_rows
 
 # %% ../../nbs/runs/replay.ipynb #7a8ecc56
 @dataclass(frozen=True)
 class Difference:
     "One thing in which two runs differ."
-    part: str      # environment, parameters, code, inputs, outputs, history, metrics or record
+    part: str      # environment, parameters, code, inputs, outputs, history, metrics, rows or record
     name: str      # what
     first: object  # in the first run; None: not there
     second: object # in the second run
@@ -113,12 +114,22 @@ def replay(ref:str,              # a finished run
     surroundings = environment_differences(record, new)
     return new, surroundings, damage + result_differences(record, new, other_machine_tolerance if surroundings else 0.0)
 
+def _rows_between(a, b): # what came, went and changed between two datasets, from the first run's side
+    made = [next((o for o in r["outputs"] if o["kind"] == "dataset"), None) for r in (a, b)]
+    if not all(made) or made[0]["sha256"] == made[1]["sha256"]: return []
+    folders = [run_folder(r["id"])/o["path"] for r, o in zip((a, b), made)]
+    if not all((o/"train.jsonl").exists() for o in folders): return []
+    found = diff_rows(*folders)
+    told = lambda o: f"{o['count']:,}" + (f": {', '.join(o['first'])}" + (" …" if o["count"] > len(o["first"]) else "") if o["count"] else "")
+    return [Difference("rows", k, None, told(v)) for k, v in found.items() if k != "same" and v["count"]] + [Difference("rows", "the same in both", None, f"{found['same']:,}")]
+
 def diff(first:str, second:str)->list[Difference]: # references to two runs
-    "In which ways two runs differ: surroundings, code, parameters, inputs, history's end, metrics, artifacts."
+    "In which ways two runs differ: surroundings, code, parameters, inputs, history's end, metrics, artifacts, rows of the datasets they made."
     a, b = (read_record(resolve_run(o)) for o in (first, second))
     git = [o["environment"]["git"] or {} for o in (a, b)]
     return (_mapping("code", {"job": a["job"], "job code": a["job_sha256"], **{f"git {k}": v for k, v in git[0].items()}},
                      {"job": b["job"], "job code": b["job_sha256"], **{f"git {k}": v for k, v in git[1].items()}})
             + _mapping("parameters", a["parameters"], b["parameters"]) + environment_differences(a, b)
             + _mapping("inputs", _digests(a["inputs"]), _digests(b["inputs"])) + _mapping("metrics", a["metrics"], b["metrics"])
-            + _mapping("outputs", _digests(a["outputs"]), _digests(b["outputs"])))
+            + _mapping("outputs", _digests(a["outputs"]), _digests(b["outputs"]))
+            + _rows_between(a, b))

@@ -90,6 +90,10 @@ class Tracker:
             self._run.log_artifact(made)
         self._try("artifact", act)
 
+    def config(self, values:dict):
+        "Parameters that became exact after the start."
+        self._try("config", lambda: self._run.config.update(values, allow_val_change=True))
+
     def summary(self, metrics:dict):
         "The final numbers."
         self._try("summary", lambda: self._run.summary.update(metrics))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..models.chat import CompletionTooLong, render
+from ..models.chat import CompletionTooLong, render_row
 from ..runs.errors import UserError
 
 # %% ../../nbs/training/batching.ipynb #03f76adf
@@ -46,7 +46,7 @@ def token_rows(
     "Render every conversation to token ids and a trained mask."
     rows = TokenRows([], [])
     for example in examples:
-        try: rendered = render(tokenizer, example["messages"], max_length)
+        try: rendered = render_row(tokenizer, example, max_length)
         except CompletionTooLong: rendered = None
         if rendered is None or not n_trained(rendered.mask):
             rows.dropped += 1
