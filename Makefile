@@ -35,17 +35,17 @@ $(STAMP): settings.ini constraints.txt pyproject.toml setup.py
 demo: $(STAMP) ## prepare, finetune and evaluate on the embedded data and model: a table in under 5 minutes
 	@llmops demo
 
-# The tests leave runs/ alone. nbdev-test fills the cores with notebooks, so each of them gets one thread.
+# The tests leave runs/ alone. Two at a time fill two cores, so each of them gets one thread: two threads each would wait for one another.
 test: $(STAMP) ## every test that CI runs: pytest, then every library notebook top to bottom
-	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export LLMOPS_RUNS="$$runs" && \
-	python -m pytest tests --durations=10 && \
-	OMP_NUM_THREADS=1 nbdev-test nbs --skip-folder-re '^([_.]|jobs$$)' --timing && \
+	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export LLMOPS_RUNS="$$runs" OMP_NUM_THREADS=1 && \
+	python -m pytest tests --durations=10 -n 2 --dist loadfile && \
+	nbdev-test nbs --skip-folder-re '^([_.]|jobs$$)' --timing && \
 	echo "make test: all passed"
 
 test-all: $(STAMP) ## the same with the long versions: slow tests, and the jobs with the defaults they ship with
-	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export LLMOPS_RUNS="$$runs" && \
-	python -m pytest tests --durations=20 -m '' && \
-	OMP_NUM_THREADS=1 nbdev-test nbs --skip-folder-re '^([_.]|jobs$$)' --timing --flags slow && \
+	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export LLMOPS_RUNS="$$runs" OMP_NUM_THREADS=1 && \
+	python -m pytest tests --durations=20 -m '' -n 2 --dist loadfile && \
+	nbdev-test nbs --skip-folder-re '^([_.]|jobs$$)' --timing --flags slow && \
 	echo "make test-all: all passed"
 
 # The server's root is the project, so that runs/ can be browsed too; notebooks are cleaned of volatile metadata as they are saved.

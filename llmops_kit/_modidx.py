@@ -25,6 +25,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'llmops_kit.data.assemble._kept_signatures': ( 'data/assemble.html#_kept_signatures',
                                                                                          'llmops_kit/data/assemble.py'),
                                           'llmops_kit.data.assemble._over': ('data/assemble.html#_over', 'llmops_kit/data/assemble.py'),
+                                          'llmops_kit.data.assemble._plain': ('data/assemble.html#_plain', 'llmops_kit/data/assemble.py'),
                                           'llmops_kit.data.assemble._ranks': ('data/assemble.html#_ranks', 'llmops_kit/data/assemble.py'),
                                           'llmops_kit.data.assemble._step': ('data/assemble.html#_step', 'llmops_kit/data/assemble.py'),
                                           'llmops_kit.data.assemble._unique_ids': ( 'data/assemble.html#_unique_ids',

@@ -183,7 +183,7 @@ def test_a_certificate_takes_less_than_a_second():
     parity(lm, many)
     start = time.perf_counter()
     assert parity(lm, many).examples == 32 and time.perf_counter() - start < 1
-    with pytest.raises(UserError, match="no conversation to compare"): parity(lm, [{"id": "0", "text": "words"}])
+    with pytest.raises(UserError, match="not conversations"): parity(lm, [{"id": "0", "text": "words"}])
 
 
 @pytest.mark.parametrize("name", ALL)

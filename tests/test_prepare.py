@@ -138,6 +138,14 @@ def test_redaction_makes_equal_prompts_one_group(tmp_path):
     assert len(asked) == 1 and examples.facts["private"]["email"] == 20
     assert not any("example.org" in str(r) for t in examples.splits().values() for r in t)
 
+def test_neither_the_list_nor_the_cases_shown_hold_what_was_redacted(tmp_path):
+    bad = ['{"prompt": "Who is mary.poe@acme-mail.com', json.dumps({"prompt": "Write\u200b to mary.poe@acme-mail.com today", "completion": "Done."}), json.dumps({"prompt": "mary.poe@acme-mail.com?", "completion": " "})]
+    path = jsonl(tmp_path/"t.jsonl", tickets(200) + bad)
+    for privacy,found in (("redact", False), ("report", True)):
+        examples = load_examples(str(path), privacy=privacy, max_bad=0.05, aside=tmp_path/privacy)
+        seen = (tmp_path/privacy/DROPPED).read_text() + json.dumps(examples.flow)
+        assert ("mary.poe" in seen) == found and ("controls" in [s["step"] for s in examples.flow if s["changed"]])
+
 def test_a_hundred_thousand_identical_rows(tmp_path):
     path = tmp_path/"same.jsonl"
     path.write_text('{"prompt": "Is it on?", "completion": "It is."}\n' * 100_000)

@@ -15,7 +15,7 @@ import numpy as np
 from .dataset import Examples, FileBytes
 from .duplicates import near_duplicates
 from .parts import SHOWN, excerpt, merged, new_step
-from .rows import one_schema
+from .rows import one_schema, prompt_and_answer
 from .schemas import check_fields
 from .splits import SPLITS, draw, split_of
 from ..runs.artifacts import canonical_json, write_atomic
@@ -103,6 +103,8 @@ def repeated(
 # %% ../../nbs/data/assemble.ipynb #998631ab
 DROPPED = "dropped.jsonl"
 
+def _plain(line): return "\n".join(prompt_and_answer(json.loads(line))).strip()
+
 def _step(name, rows, reason, parts, keep, dropped, read, reasons=None):
     "Leave rows out, count them, and note where they were."
     step = new_step(name)
@@ -112,7 +114,9 @@ def _step(name, rows, reason, parts, keep, dropped, read, reasons=None):
         like = rows[n] if isinstance(rows, dict) else None
         note = {"step": name, "reason": why, "file": file, "line": line, "id": parts.ids[n]} | ({"like": like if isinstance(like, str) else parts.ids[like]} if like is not None else {})
         dropped.write(canonical_json(note).encode("utf-8", "backslashreplace") + b"\n")
-        if len(step["shown"]) < SHOWN: step["shown"].append(note | excerpt(read(n).decode("utf-8", "replace")))
+        if len(step["shown"]) < SHOWN: # the place where it begins to be another one than the row that stays
+            text,kept = (_plain(read(i)) for i in (n, like if isinstance(like, int) else n))
+            step["shown"].append(note | {"before": excerpt(text, kept)["before"] if kept != text else text[:160]})
     keep[list(rows)] = False
     step["dropped"] = len(rows)
     step["reasons"] = dict(Counter(reasons[n] for n in rows) if reasons else ({reason: len(rows)} if rows else {}))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .messages import BadRow
-from .privacy import redact_row
+from .privacy import redact, redact_row
 from .rows import canonical_row, prompt_and_answer, schema_of, texts_of
 from .sources import read_shard
 from .splits import SPLITS
@@ -142,7 +142,9 @@ def make_part(
         waiting.clear()
 
     with open(f"{place}.rows.part", "wb") as rows, open(f"{place}.aside.part", "wb") as aside:
+        hide = (lambda text: redact(text)[0]) if steps.privacy in ("redact", "refuse") else (lambda text: text)  # what is shown and listed is read, too
         def leave_out(item, step, reason, text, id=None):
+            text = hide(text)
             note(flow[step], id or f"{item.file}:{item.line}", text, None, reason)
             _aside(aside, item, step, reason, text)
         for item in items:
@@ -161,7 +163,7 @@ def make_part(
                 new = repaired(raw, repair)
                 if new != raw:
                     before,after = next((a, b) for a,b in zip(_texts(raw), _texts(new)) if a != b)
-                    note(flow[name], where, before, after)
+                    note(flow[name], where, hide(before), hide(after))
                     raw = new
             try: row = canonical_row(raw, **steps.canonical)
             except BadRow as e:

@@ -251,7 +251,7 @@ def parity(lm,                      # a `LanguageModel`, or a tokenizer
     "Compare what the trainer, the evaluator and a server make of the same examples."
     n = min(n, len(rows))
     rows = [o for o in (rows[(2*i + 1) * len(rows) // (2*n)] for i in range(n)) if "messages" in o]
-    if not rows: raise UserError("There is no conversation to compare. Parity needs rows with messages.")
+    if not rows: raise UserError("These are rows of text, not conversations: there is no answer to learn or to score. Give rows with prompt and completion, or with messages.")
     if isinstance(lm, LanguageModel): tokenizer, ends, context, config = lm.tokenizer, end_tokens(lm), lm.max_length, lm.model.generation_config
     else: tokenizer, ends, context, config = lm, {lm.eos_token_id}, lm.model_max_length, SimpleNamespace(eos_token_id=None)
     heard = LanguageModel(_Listener(config).eval(), tokenizer, "", Artifact("", "model", ""), min(max_length or context, context))
