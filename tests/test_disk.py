@@ -14,7 +14,7 @@ def small_disk(tmp_path):
     yield mount
     subprocess.run(["umount", folder], capture_output=True)
 
-@pytest.mark.parametrize("size, message", [("1m", "Could not save dataset"), ("40k", "is full")])
+@pytest.mark.parametrize("size, message", [("1m", "Could not save dataset"), ("60k", "is full")])
 def test_a_full_disk_while_saving(size, message, small_disk, tmp_path):
     rows = [{"prompt": f"question {n} " + "word " * 60, "completion": f"answer {n}"} for n in range(6000)]
     (tmp_path/"rows.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows))

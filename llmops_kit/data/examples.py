@@ -6,7 +6,7 @@
 __all__ = ['make_steps', 'local', 'Origin', 'origin', 'load_examples']
 
 # %% ../../nbs/data/examples.ipynb #d65e2a06
-import errno, tempfile
+import errno, shutil, tempfile
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +71,7 @@ def local(
     if not is_remote(data) and (path := find_path(data)): return path, data
     try: fetched = fetch(data, runs_dir()/"datasets"/"fetched")
     except UserError as e: raise UserError(f"{e}{nearest(data, ['docstrings'])}") from None
-    return fetched.path, fetched.name
+    return fetched.path, fetched.source
 
 def _open(path): # shards or items; what the source itself leaves out
     return _functions(path) if path is None or is_python_tree(path) else (shards_of(path), {})
@@ -110,6 +110,7 @@ def _room(folder):
     try: yield
     except OSError as e:
         if e.errno != errno.ENOSPC: raise
+        shutil.rmtree(folder, ignore_errors=True)  # the run needs room to say what happened
         raise UserError(f"Could not save dataset to {folder}: the disk is full. Free space there, or set {'LLMOPS_RUNS' if 'steps' in str(folder) else 'TMPDIR'} to a folder on another disk.") from None
 
 _SHAPING = ("schema", "columns", "group", "stratify", "validation", "test", "salt", "clean", "languages", "shortest", "longest", "lexicon", "similar", "privacy")
@@ -157,7 +158,7 @@ def load_examples(
     name = data if path is None else path.name
     made = origin(data)
     key = sha256_text(canonical_json([shaping, about, made.artifact.sha256 if made else "", index.sha256 if index else ""]))[:16]
-    with tempfile.TemporaryDirectory() as temporary, _room(work or temporary):
+    with tempfile.TemporaryDirectory() as temporary, _room(Path(work or temporary)/key):
         folder = Path(work or temporary)/key
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(source, list): places = make_parts(source, steps, folder, processes, on_progress)

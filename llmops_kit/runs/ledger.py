@@ -8,7 +8,7 @@ __all__ = ['run_id_pattern', 'schema', 'runs_dir', 'new_run_id', 'is_run_ref', '
            'resolve_run', 'find_output']
 
 # %% ../../nbs/runs/ledger.ipynb #560c2ac2
-import fcntl, json, os, re, secrets
+import errno, fcntl, json, os, re, secrets
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -66,13 +66,22 @@ def create_record(record:dict, # needs `id` and `job`
         folder.mkdir(parents=True)
         (folder/"artifacts").mkdir()
         _write(folder, {"schema": schema} | record)
+        (folder/_reserve).write_bytes(bytes(16_384))
     except OSError as error:
         raise UserError(f"Cannot write a run to {folder.parent}: {error.strerror or error}. "
                         "Free or unlock that folder, or set LLMOPS_RUNS to another one.") from None
     return folder
 
+_reserve = ".reserve" # room for the last words of a run that fills the disk
+
 def _write(folder, record):
-    write_atomic(folder/"run.json", json.dumps(record | {"seal": seal_of(record)}, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(record | {"seal": seal_of(record)}, indent=1, ensure_ascii=False) + "\n"
+    if record["status"] != "running": (folder/_reserve).unlink(missing_ok=True)
+    try: write_atomic(folder/"run.json", text)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or not (folder/_reserve).exists(): raise
+        (folder/_reserve).unlink()
+        write_atomic(folder/"run.json", text)
 
 def update_record(id:str, **changes)->dict: # the record after the change
     "Change fields of a record; every other process sees it before or after, never between."

@@ -98,8 +98,9 @@ def parse_value(parameter:Parameter, # what the job declares
     return check_value(parameter, value)
 
 def _items(text):
-    try: return [o if isinstance(o, str) else json.dumps(o) for o in json.loads(text)]
+    try: read = json.loads(text)
     except ValueError: return [o.strip().strip("'\"") for o in text.strip().strip("[]").split(",") if o.strip()]
+    return [o if isinstance(o, str) else json.dumps(o) for o in (read if isinstance(read, list) else [read])]
 
 # %% ../../nbs/runs/parameters.ipynb #1f80cfe4
 def check_names(given,      # names that somebody gave
