@@ -115,3 +115,15 @@ def test_versions_go_back_and_are_compared_and_evaluation_sets_are_found(tmp_pat
 def test_a_dataset_without_conversations_is_not_fine_tuned(tmp_path):
     done = run_command("llmops", "run", "finetune", "-p", "data", a_tree_of_markdown(tmp_path), "-p", "wandb", "off", env={"LLMOPS_RUNS": str(tmp_path/"runs")})
     assert done.returncode == 1 and "These are rows of text" in done.stderr and "Traceback" not in done.stderr
+
+def test_made_examples_stay_in_training(tmp_path):
+    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
+    data = jsonl(tmp_path/"rows.jsonl", [{"prompt": a, "completion": b} for a,b,_ in made()])
+    record = json.loads(llmops("run", "prepare", "-p", "data", data, "-p", "augment", "paraphrase", "-p", "augment_examples", "25", "-p", "privacy", "redact",
+                               "-p", "wandb", "off", "--json", env=env))
+    assert record["certificates"]["made_examples"]["passed"] and record["certificates"]["separation"]["passed"]
+    examples = Examples.load(tmp_path/"runs"/record["id"]/"artifacts"/"dataset")
+    assert {s: sum("made_from" in r for r in t) for s,t in examples.splits().items()} == {"train": 25, "validation": 0, "test": 0}
+    ids = {r["id"] for r in examples.train}
+    assert all(r["made_from"]["id"] in ids for r in examples.train if "made_from" in r)
+    assert [s["reasons"] for s in examples.flow if s["step"] == "augment"] == [{"made": 25}]
