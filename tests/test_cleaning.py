@@ -113,13 +113,13 @@ def test_what_only_looks_like_boilerplate_stays(text): assert strip_boilerplate(
 
 def test_long_hostile_texts_take_no_long_time():
     import time
-    start = time.perf_counter()
+    start = time.process_time()
     for text in ("\n"*20000, "<p"*20000, "&a"*20000, ">\n"*20000 + "x", "a\n"*20000, "On " + "x"*50000, "{"*20000, "a."*20000, "a "*20000, "!"*50000, "=" * 50000, "`"*20001, "```\n"*5001, "f*"*9000, "aaaa" * 9000,
                  "cookies we use cookies " * 3000, "\u200d"*20000, "Ã"*20000, "<!--"*9000, "(" * 30000, "f(" * 15000):
         for repair in REPAIRS.values(): repair(text)
         for check in CHECKS.values(): check(row(text))
         language_check(row(text), ("en",))
-    assert time.perf_counter() - start < 12
+    assert time.process_time() - start < 30 # a quadratic search takes minutes
 
 
 # -- code

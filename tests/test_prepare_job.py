@@ -127,3 +127,19 @@ def test_made_examples_stay_in_training(tmp_path):
     ids = {r["id"] for r in examples.train}
     assert all(r["made_from"]["id"] in ids for r in examples.train if "made_from" in r)
     assert [s["reasons"] for s in examples.flow if s["step"] == "augment"] == [{"made": 25}]
+
+def test_evaluate_says_what_it_has_seen_and_scores_the_rest_alone(tmp_path):
+    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
+    run = lambda *words: json.loads(llmops("run", *words, "-p", "wandb", "off", "--json", env=env))
+    rows = [{"id": str(n), "prompt": a, "completion": b} for n,(a,b,_) in enumerate(made(120))]
+    leaks = [dict(r, id=f"leak {r['id']}", prompt=r["prompt"].upper()) for r in rows[110:114]]
+    (tmp_path/"mixed").mkdir()
+    for name,part in (("train", rows[:100] + leaks), ("validation", rows[100:110]), ("test", rows[110:])): jsonl(tmp_path/"mixed"/f"{name}.jsonl", part)
+    prepared = run("prepare", "-p", "data", tmp_path/"mixed", "-p", "similar", "0")  # near-duplicates would be left out
+    assert not prepared["certificates"]["separation"]["passed"] and prepared["certificates"]["separation"]["value"] == 4
+    run("finetune", "-p", "data", "latest:prepare", "-p", "max_steps", "4", "-p", "eval_every", "2", "-p", "max_new_tokens", "6")
+    evaluated = run("evaluate", "-p", "max_new_tokens", "6", "-p", "resamples", "100")
+    metrics = evaluated["metrics"]
+    assert metrics["overlaps"] == 4 and metrics["test/examples"] == 10 and metrics["clean/test/examples"] == 6
+    assert metrics["clean/test/perplexity"] > 1 and metrics["clean/difference/perplexity/low"] <= metrics["clean/difference/perplexity"]
+    assert "4 of 10 examples overlap with training rows." in evaluated["warnings"]

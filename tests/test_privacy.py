@@ -108,7 +108,7 @@ N = 100_000
 def test_long_lines_take_linear_time(text):
     started = time.process_time()
     find_private(text)
-    assert time.process_time() - started < 5 # a quadratic search takes minutes
+    assert time.process_time() - started < 20 # a quadratic search takes minutes
 
 def test_the_report():
     table = report_table({"train": Counter(email=1200, ip=1), "test": Counter()})
