@@ -10,20 +10,17 @@ __all__ = ['VERDICTS', 'score_answers', 'PromptScorer', 'spread_rows', 'by_group
 from collections import Counter
 from dataclasses import dataclass, replace
 import numpy as np
-import torch
 from ..data.prompts import PromptTemplate
 from ..data.shots import ShotPool, apply, shots_of
 from ..data.splits import hash_fraction
 from .evaluate import reference_of
 from .metrics import Metric, check_pairs, exact_match, mean_metric, ratio_of_sums, rouge_scores
 from .report import Words, colours, labels
-from .scoring import Generations, Scores, _in_batches, _ready, _refuse_nan, generate
+from .scoring import Generations, Scores, generate, score_rendered
 from .statistics import Interval, paired_difference, metric_interval, verdict
 from ..models.chat import render, render_prompt
 from ..models.load import LanguageModel
 from ..runs.errors import UserError
-from ..training.batching import collate, n_trained
-from ..training.loss import token_nll
 from ..training.plots import Picture
 
 # %% ../../nbs/evaluation/prompting.ipynb #d3b09c9c
@@ -33,7 +30,6 @@ def _last_answer(lm, row):
     start = len(render_prompt(lm.tokenizer, row["messages"])) - rendered.truncated
     return replace(rendered, mask=[seen and n >= start for n, seen in enumerate(rendered.mask)])
 
-@torch.inference_mode()
 def score_answers(
     lm:LanguageModel,
     rows:list[dict],           # whose last answer fits into the context
@@ -41,17 +37,7 @@ def score_answers(
     on_progress=None,          # called with (done, total, text)
 )->Scores:
     "The negative log-likelihood of every example's last answer."
-    model, rendered = _ready(lm), [_last_answer(lm, row) for row in rows]
-    nll, done = np.zeros(len(rows)), 0
-    for members in _in_batches([r.ids for r in rendered], tokens_per_batch):
-        batch = collate([dict(ids=rendered[i].ids, mask=rendered[i].mask) for i in members], lm.tokenizer.pad_token_id)
-        per_token = token_nll(model, {k: v.to(model.device) for k, v in batch.items()}).double().cpu()
-        for i, part in zip(members, per_token.split([n_trained(rendered[i].mask) for i in members])):
-            nll[i] = float(part.sum())
-            _refuse_nan(rows[i], nll[i])
-        done += len(members)
-        if on_progress: on_progress(done, len(rows), "scoring")
-    return Scores([row["id"] for row in rows], nll, np.array([n_trained(r.mask) for r in rendered]), sum(r.truncated > 0 for r in rendered))
+    return score_rendered(lm, rows, [_last_answer(lm, row) for row in rows], tokens_per_batch, on_progress)
 
 # %% ../../nbs/evaluation/prompting.ipynb #45d79f53
 class PromptScorer:
