@@ -7,7 +7,7 @@ from conftest import PROJECT, llmops, run_command
 SMALL = {
     "prepare": {"limit": 400},
     "pretrain": {"steps": 4, "eval_every": 2, "eval_blocks": 2, "layers": 1, "hidden_size": 64, "intermediate_size": 128, "max_length": 128},
-    "finetune": {"data": "latest:prepare", "max_steps": 6, "eval_every": 3, "max_new_tokens": 8},
+    "finetune": {"data": "latest:prepare", "max_steps": 6, "eval_every": 3, "max_new_tokens": 8, "precision": "fp32"},
     "evaluate": {"adapter": "latest:finetune", "examples": 24, "max_new_tokens": 8},
     "prompt": {"data": "latest:prepare", "examples": 24, "generated": 4, "resamples": 200, "max_new_tokens": 8},
     "search_prompt": {"data": "latest:prepare", "budget": 300, "counts": "0", "resamples": 200},
@@ -26,10 +26,8 @@ def env(runs): return {"LLMOPS_RUNS": str(runs), "WANDB_MODE": "offline"}
 def records(env):
     return {job: json.loads(llmops("run", job, *_arguments(values), "--json", env=env)) for job, values in SMALL.items()}
 
-@pytest.mark.parametrize("job", SMALL)
-def test_a_job_leaves_a_whole_record(job, records, runs):
-    record, folder = records[job], runs/records[job]["id"]
-    assert record["status"] == "finished" and record["error"] is None and record["given"] == sorted(SMALL[job])
+def check_whole(record, folder, given):
+    assert record["status"] == "finished" and record["error"] is None and record["given"] == sorted(given)
     for field in ("schema", "job_sha256", "environment", "seeds", "seconds", "peak_memory_bytes", "seal", "history", "tracking"): assert record[field], field
     assert record["environment"]["packages"]["torch"] and record["environment"]["kit"]["sha256"]
     assert record["outputs"] and all((folder/o["path"]).exists() for o in record["outputs"])
@@ -38,6 +36,9 @@ def test_a_job_leaves_a_whole_record(job, records, runs):
     nbformat.validate(notebook)
     assert any("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", ())), "the story has no picture"
     assert not [o for c in notebook.cells for o in c.get("outputs", ()) if "KB/s" in str(o.get("text", ""))]
+
+@pytest.mark.parametrize("job", SMALL)
+def test_a_job_leaves_a_whole_record(job, records, runs): check_whole(records[job], runs/records[job]["id"], SMALL[job])
 
 def test_certificates_are_in_the_records(records):
     assert records["prepare"]["certificates"]["separation"]["passed"] is True
@@ -59,10 +60,8 @@ def test_evaluate_has_every_metric_with_its_interval(records):
         assert abs(metrics[f"test/{name}"] - metrics[f"base/{name}"] - metrics[f"difference/{name}"]) < 1e-9
     assert metrics["test/examples"] == 24
 
-@pytest.mark.parametrize("job", SMALL)
-def test_wandb_holds_what_the_ledger_holds(job, records, runs):
+def check_wandb(record, folder):
     from llmops_kit.runs.tracking import read_offline_run
-    record, folder = records[job], runs/records[job]["id"]
     read = read_offline_run(folder)
     assert read["state"] == "finished" and read["config"] == record["parameters"]
     history = [json.loads(o) for o in (folder/"metrics.jsonl").read_text().splitlines()] if record["history"]["lines"] else []
@@ -73,7 +72,10 @@ def test_wandb_holds_what_the_ledger_holds(job, records, runs):
     assert {o["sha256"] for o in record["outputs"] + record["inputs"]} <= digests
     kinds = {o["type"] for o in read["artifacts"]}
     assert "notebook" in kinds
-    if job == "evaluate": assert "predictions" in read["summary"] or any("predictions" in o["name"] for o in read["artifacts"])
+    if record["job"] == "evaluate": assert "predictions" in read["summary"] or any("predictions" in o["name"] for o in read["artifacts"])
+
+@pytest.mark.parametrize("job", SMALL)
+def test_wandb_holds_what_the_ledger_holds(job, records, runs): check_wandb(records[job], runs/records[job]["id"])
 
 @pytest.mark.parametrize("job", ["prepare", "finetune", "evaluate"])
 def test_replay_agrees_to_the_last_bit(job, records, env):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
 import torch
+from .quantize import plain_parameters, quantization_of, quantized_share, ready, stored_as
 from .templates import DEFAULT_TEMPLATE, one_start
 from ..runs.artifacts import Artifact
 from ..runs.errors import UserError
@@ -31,9 +32,14 @@ class LanguageModel:
     base: "LanguageModel|None" = None # what an adapter stands on
 
     @property
-    def parameters(self)->int: # tied weights are counted once
+    def parameters(self)->int: # tied weights are counted once; four-bit weights, two in a byte, as two
         "Number of parameters."
-        return sum(p.numel() for p in self.model.parameters())
+        return self.model.num_parameters()
+
+    @property
+    def quantize(self)->str: # none, int8 or nf4 (bitsandbytes), torchao-int8, or another method
+        "How the weights are quantized."
+        return stored_as(self.model.config)
 
 # %% ../../nbs/models/load.ipynb #65525b68
 @contextmanager
@@ -105,15 +111,17 @@ def model_folder(model:str,              # "tiny", a folder, a run id, or a hub 
 def load_model(model:str="tiny",         # bundled name, folder, run id, or hub id[@revision]
                revision:str|None=None,   # of a hub id
                dtype:str="float32",      # float32, bfloat16 or float16
-               )->LanguageModel:         # in eval mode, on the CPU
+               quantize:str="none",      # none, int8 or nf4: the linear layers; the rest is in `dtype`
+               )->LanguageModel:         # in eval mode, on the CPU; quantized: on the GPU if there is one
     "Load a model and its tokenizer."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if dtype not in ("float32", "bfloat16", "float16"): raise UserError(f"Unknown dtype {dtype}. Use float32, bfloat16 or float16.")
     folder, run = model_folder(model, revision)
+    quantization = quantization_of(folder, quantize, getattr(torch, dtype))
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            network = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+            network = ready(AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **quantization).eval(), getattr(torch, dtype))
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise UserError(f"The files in {folder} do not load as a causal language model: {_first_line(e)}. Use a decoder-only model saved by save_pretrained.") from e
     for where in ("is_local", "local_files_only"): tokenizer.init_kwargs.pop(where, None) # else a saved copy says where it was read from
@@ -124,6 +132,8 @@ def load_model(model:str="tiny",         # bundled name, folder, run id, or hub 
     if one_start(tokenizer): warnings.append(f"The tokenizer of {model} added a second start token to what its chat template writes; it no longer does.")
     if tokenizer.eos_token_id is None: raise UserError(f"The tokenizer of {model} has no end token, so the model cannot learn to stop. Set eos_token in its tokenizer_config.json.")
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
+    if stored_as(network.config) != "none" and any(p.dim() == 3 for p in plain_parameters(network)):
+        warnings.append(f"The experts of {model} are not quantized, because they are no linear layers; {quantized_share(network):.0%} of its parameters are.")
     artifact = Artifact.of(folder, name="model", kind="model", run=run, source=f"{model}@{revision}" if revision else model)
     return LanguageModel(network, tokenizer, model, artifact, context_length(network.config, tokenizer), warnings)
 
@@ -141,7 +151,8 @@ def context_length(config,    # of the model
 def shared_copy(model:torch.nn.Module, # any model
                 )->torch.nn.Module:    # its own modules, the same parameters and buffers
     "A copy of a model that shares its weights."
-    tensors = [*model.parameters(), *model.buffers()]
+    states = [o.state for o in model.modules() if hasattr(o, "init_8bit_state")] # int8 weights and scales of bitsandbytes
+    tensors = [*model.parameters(), *model.buffers(), *(t for o in states for t in (o.CB, o.SCB) if t is not None)]
     return copy.deepcopy(model, {id(o): o for o in tensors})
 
 # %% ../../nbs/models/load.ipynb #d99949ab
@@ -151,13 +162,14 @@ def _misfits(folder, model):
     modules = dict(model.named_modules())
     with safe_open(folder/"adapter_model.safetensors", "pt") as file:
         for key in sorted(file.keys()):
-            name, _, kind = re.sub(r"^base_model\.model\.", "", key).partition(".lora_")
+            name, _, kind = re.sub(r"^base_model\.model\.|\.base_layer", "", key).partition(".lora_") # several experts' matrices are wrapped in each other
             if not kind: continue
             if name not in modules: yield f"the model has no module {name}"; continue
             weight, shape = getattr(modules[name], "weight", None), file.get_slice(key).get_shape()
             if weight is None or weight.dim() != 2 or not kind.startswith(("A.", "B.")): continue
             conv1d = type(modules[name]).__name__ == "Conv1D" # GPT-2 stores its matrices the other way round
             inside, outside = weight.shape if conv1d else reversed(weight.shape)
+            if isinstance(modules[name], torch.nn.Linear): inside, outside = modules[name].in_features, modules[name].out_features # four-bit weights are packed
             have, need = (shape[-1], inside) if kind.startswith("A.") else (shape[0], outside)
             if have != need: yield f"{name} has size {need} in the model and {have} in the adapter"
 

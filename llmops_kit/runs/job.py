@@ -14,7 +14,7 @@ from .artifacts import Artifact, bytes_of, canonical_json, sha256_of
 from .catalog import Job, code_sha256, has_tag, jobs_dir, load_job, source_of
 from .environment import environment, seed_everything
 from .errors import UserError
-from .history import append_history, history_digest, plain_number, read_history
+from .history import History, history_digest, plain_number, read_history
 from .ledger import create_record, new_run_id, read_record, resolve_run, run_folder, this_process, update_record
 from .parameters import check_names, check_value, read_parameters
 from .recorder import KernelTap, Recorder
@@ -27,7 +27,9 @@ def _now(): return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 def ended(record:dict)->dict: # the end, and the seconds since the start
     "When a run ended: now."
-    return {"finished": _now(), "seconds": round(time.time() - datetime.fromisoformat(record["started"]).timestamp(), 3)}
+    attempts = record.get("resumed", [])  # the time between them is not the run's
+    began = datetime.fromisoformat(attempts[-1]["at"] if attempts else record["started"]).timestamp()
+    return {"finished": _now(), "seconds": round(sum(o["seconds"] for o in attempts) + time.time() - began, 3)}
 
 def resolve_references(values:dict, # parameters by name
                        )->tuple[dict, dict]: # with `latest:JOB` replaced by the run's id, and what was replaced
@@ -103,6 +105,7 @@ class Step:
     def __exit__(self, kind, error, trace):
         self.run.progress(1, 1)
         done = {"name": self.name, "seconds": round(time.perf_counter() - self.began, 3), "status": "failed" if kind else "finished"}
+        # the folder stays: after `llmops resume` it holds what the step had done so far
         self.run._update(steps=self.run.record["steps"] + [done])
 
 # %% ../../nbs/runs/job.ipynb #477f8ee3
@@ -131,7 +134,7 @@ class Run:
             recorder = None
         else: recorder = self._begin(job, shell)
         self.id, self.folder = self.record["id"], run_folder(self.record["id"])
-        self.artifacts, self.parameters = self.folder/"artifacts", self.record["parameters"]
+        self.artifacts, self.parameters, self.history = self.folder/"artifacts", self.record["parameters"], History(self.folder)
         self._told, self._began = 0.0, time.perf_counter()
         self._tap = KernelTap(shell, self.redact, recorder)
         shell.events.register("post_run_cell", self._after_cell)
@@ -139,7 +142,7 @@ class Run:
         atexit.register(self._leave)
         cls.current = self
         self.seed = self.parameters.get("seed", 0)
-        self._update(seeds=seed_everything(self.seed))
+        self._update(seeds=seed_everything(self.seed), kernel=this_process())
         self.tracker = Tracker(self.id, job, self.folder, self.parameters, tracking_mode(self.parameters.get("wandb", "auto")))
         self._update(tracking=self.tracker.state)
         if self.tracker.state.get("error"): self.warn(f"Weights & Biases ({self.tracker.state['mode']}): {self.tracker.state['error']}")
@@ -229,7 +232,7 @@ class Run:
             step:int,    # where on the axis, e.g. the optimizer's step
             ):
         "One line of history, in `metrics.jsonl` and in wandb."
-        values = append_history(self.folder, values, step)
+        values = self.history.append(values, step)
         self.tracker.log(values, int(step))
 
     def progress(self,
@@ -257,15 +260,15 @@ class Run:
 
     def certify(self,
                 name:str,          # what property
-                passed:bool,       # does it hold
-                value:float,       # the measured number
-                tolerance:float,   # what it may be at most
+                passed:bool|None,  # does it hold; None: not tested, and `about` says why
+                value:float|None,  # the measured number
+                tolerance:float|None, # what it may be at most
                 about:str="",      # one line for the reader
                 ):
         "Record a property that was tested on this run's own model and data."
-        certificate = {"passed": bool(passed), "value": plain_number(value), "tolerance": plain_number(tolerance), "about": about}
+        certificate = {"passed": None if passed is None else bool(passed), "value": plain_number(value), "tolerance": plain_number(tolerance), "about": about}
         self._update(certificates=self.record["certificates"] | {name: certificate})
-        if not passed: self.warn(f"The certificate {name} failed: {about}")
+        if certificate["passed"] is False: self.warn(f"The certificate {name} failed: {about}")
 
     # -- the end
     def finish(self,
@@ -275,6 +278,7 @@ class Run:
         metrics = {k: plain_number(v) for k, v in metrics.items()}
         metrics.setdefault("cost/run_seconds", round(time.perf_counter() - self._began, 3))
         metrics.setdefault("cost/peak_memory_bytes", peak_memory_bytes())
+        self.history.end()
         recorder = self._tap.recorder
         if recorder:
             recorder.write()
@@ -298,7 +302,7 @@ class Run:
     def _after_cell(self, result):
         error = result.error_in_exec or result.error_before_exec
         if error is not None and self.record["status"] == "running":
-            if isinstance(error, KeyboardInterrupt): self._fail("Interrupted", "Interrupted before the run had finished.", "killed")
+            if isinstance(error, KeyboardInterrupt): self._fail("Interrupted", f"{str(error) or 'Interrupted before the run had finished.'} Go on with `llmops resume {self.id}`.", "killed")
             else: self._fail(type(error).__name__, str(error))
         elif error is None and self.record["status"] in ("failed", "killed") and Run.current is self:
             self._update(status="running", error=None)  # the user mended the cell and went on

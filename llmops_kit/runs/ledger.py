@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_id_pattern', 'schema', 'runs_dir', 'new_run_id', 'is_run_ref', 'seal_of', 'is_sealed', 'run_folder',
-           'create_record', 'update_record', 'read_record', 'this_process', 'checked', 'run_ids', 'list_runs',
-           'resolve_run', 'find_output']
+           'create_record', 'update_record', 'read_record', 'this_process', 'checked', 'reopen_record', 'run_ids',
+           'list_runs', 'resolve_run', 'find_output']
 
 # %% ../../nbs/runs/ledger.ipynb #560c2ac2
 import errno, fcntl, json, os, re, secrets
@@ -134,6 +134,28 @@ def checked(record:dict)->dict: # the record, with status `killed` if its proces
                    "error": {"type": "Killed", "message": "The process ended without a word: killed, out of memory, or the machine stopped."}}
         try: _write(run_folder(record["id"]), record)
         except OSError: pass  # a ledger that may only be read still tells the truth
+    return record
+
+def reopen_record(id:str)->dict: # the record, `running` in this process; refused while another one runs it, and when it is finished
+    "Let a killed or failed run go on; how often and after what is in `resumed`."
+    import platform, time
+    deadline = time.monotonic() + 10
+    record = checked(read_record(id))
+    def kernel_lives(record): return record.get("kernel") and record["kernel"]["host"] == platform.node() and _is_alive(record["kernel"])
+    while record["status"] != "running" and kernel_lives(record) and time.monotonic() < deadline: time.sleep(0.1)  # it notices soon that its parent is gone
+    with _locked(run_folder(id)):
+        record = _read(run_folder(id))
+        if record["status"] == "finished": raise UserError(f"Run {id} is finished; there is nothing to go on with. To do it again: `llmops replay {id}`.")
+        if record["status"] == "running": raise UserError(f"Run {id} is still running, in process {record['process']['pid']} on {record['process']['host']}. Stop it first, or wait for it.")
+        if kernel_lives(record): raise UserError(f"The kernel of run {id} is still there, as process {record['kernel']['pid']}. Shut it down first, or mend the cell that failed and go on in that notebook.")
+        began = record["resumed"][-1]["at"] if record.get("resumed") else record["started"]
+        seconds = (datetime.fromisoformat(record["finished"]) - datetime.fromisoformat(began)).total_seconds()
+        attempt = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "after": record["status"], "error": record["error"],
+                   "ended": record["finished"], "seconds": round(seconds, 3), "steps": record["steps"]}
+        record |= {"status": "running", "process": this_process(), "error": None, "finished": None, "steps": [], "resumed": [*record.get("resumed", []), attempt]}
+        record.pop("kernel", None)
+        (run_folder(id)/_reserve).write_bytes(bytes(16_384))
+        _write(run_folder(id), record)
     return record
 
 # %% ../../nbs/runs/ledger.ipynb #d8cb8a53

@@ -24,14 +24,14 @@ def head_only_at(
 
 def token_nll(
     model:torch.nn.Module,         # a causal language model, wrapped or not
-    batch:dict[str,torch.Tensor],  # as `collate` makes it
+    batch:dict[str,torch.Tensor],  # as `collate` or `collate_packed` makes it
     head:torch.nn.Module|None=None,# the model's head; needed only where a wrapper hides it
 )->torch.Tensor:                   # negative log-likelihood (nats) of each trained token, row by row
     "How surprised the model is by each token that the loss looks at."
     targets = batch["labels"][:, 1:]
     wanted = targets != -100  # position t predicts token t+1
     with head_only_at(head or model.get_output_embeddings(), F.pad(wanted, (0, 1))):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
     return F.cross_entropy(logits[0].float(), targets[wanted], reduction="none")
 
 # %% ../../nbs/training/loss.ipynb #1b6ce422
@@ -40,10 +40,11 @@ def mean_nll(
     model:torch.nn.Module, # put into eval mode meanwhile
     batches,               # iterable of what `collate` makes, on the model's device
     head:torch.nn.Module|None=None,
+    nll=token_nll,         # computes the loss of a batch
 )->float:                  # nats per trained token
     "Loss over many batches, every trained token with the same weight."
     was_training = model.training
     model.eval()
-    losses = [token_nll(model, o, head).double().cpu() for o in batches]
+    losses = [nll(model, o, head).double().cpu() for o in batches]
     model.train(was_training)
     return float(torch.cat(losses).mean())
