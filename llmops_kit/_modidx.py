@@ -2347,6 +2347,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'llmops_kit/training/workers.py'),
                                              'llmops_kit.training.workers._failure': ( 'training/workers.html#_failure',
                                                                                        'llmops_kit/training/workers.py'),
+                                             'llmops_kit.training.workers._first': ( 'training/workers.html#_first',
+                                                                                     'llmops_kit/training/workers.py'),
                                              'llmops_kit.training.workers._follow': ( 'training/workers.html#_follow',
                                                                                       'llmops_kit/training/workers.py'),
                                              'llmops_kit.training.workers._is_adapter': ( 'training/workers.html#_is_adapter',

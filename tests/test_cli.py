@@ -47,7 +47,7 @@ def test_every_shipped_job_declares_itself():
 
 def test_sigterm_ends_a_run_cleanly(tmp_path):
     env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
-    process = start_llmops("run", "finetune", "-p", "max_steps", "400", "-p", "wandb", "off", env=env)
+    process = start_llmops("run", "finetune", "-p", "max_steps", "400", "-p", "certify", "off", "-p", "wandb", "off", env=env)
     wait_until(lambda: list((tmp_path/"runs").glob("*/metrics.jsonl")), process)
     process.terminate()
     _, told = process.communicate(timeout=60)

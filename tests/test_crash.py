@@ -3,7 +3,7 @@ import json
 import nbformat, psutil, pytest
 from conftest import PROJECT, llmops, start_llmops, wait_until
 
-SMALL = {"max_steps": 400, "train_examples": 400, "eval_every": 5, "wandb": "offline"}
+SMALL = {"max_steps": 400, "train_examples": 400, "eval_every": 5, "wandb": "offline", "certify": "off"}
 
 def _lines(run):
     try: return len((run/"metrics.jsonl").read_text().splitlines())

@@ -112,10 +112,6 @@ def test_versions_go_back_and_are_compared_and_evaluation_sets_are_found(tmp_pat
     listed = [json.loads(l) for l in (tmp_path/"runs"/dropped["id"]/"artifacts"/"dropped.jsonl").read_text().splitlines()]
     assert sorted(d["line"] for d in listed if d["step"] == "contamination") == list(range(121, 121 + len(leaks)))
 
-def test_a_dataset_without_conversations_is_not_fine_tuned(tmp_path):
-    done = run_command("llmops", "run", "finetune", "-p", "data", a_tree_of_markdown(tmp_path), "-p", "wandb", "off", env={"LLMOPS_RUNS": str(tmp_path/"runs")})
-    assert done.returncode == 1 and "These are rows of text" in done.stderr and "Traceback" not in done.stderr
-
 def test_made_examples_stay_in_training(tmp_path):
     env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
     data = jsonl(tmp_path/"rows.jsonl", [{"prompt": a, "completion": b} for a,b,_ in made()])
@@ -137,7 +133,7 @@ def test_evaluate_says_what_it_has_seen_and_scores_the_rest_alone(tmp_path):
     for name,part in (("train", rows[:100] + leaks), ("validation", rows[100:110]), ("test", rows[110:])): jsonl(tmp_path/"mixed"/f"{name}.jsonl", part)
     prepared = run("prepare", "-p", "data", tmp_path/"mixed", "-p", "similar", "0")  # near-duplicates would be left out
     assert not prepared["certificates"]["separation"]["passed"] and prepared["certificates"]["separation"]["value"] == 4
-    run("finetune", "-p", "data", "latest:prepare", "-p", "max_steps", "4", "-p", "eval_every", "2", "-p", "max_new_tokens", "6")
+    run("finetune", "-p", "data", "latest:prepare", "-p", "max_steps", "4", "-p", "eval_every", "2", "-p", "max_new_tokens", "6", "-p", "certify", "off")
     evaluated = run("evaluate", "-p", "max_new_tokens", "6", "-p", "resamples", "100")
     metrics = evaluated["metrics"]
     assert metrics["overlaps"] == 4 and metrics["test/examples"] == 10 and metrics["clean/test/examples"] == 6

@@ -15,10 +15,11 @@ from llmops_kit.models.load import LanguageModel, bundled_folder, load_adapter
 from llmops_kit.runs.artifacts import Artifact, sha256_of
 from llmops_kit.runs.errors import UserError
 from llmops_kit.training import checkpoints, sft
+from llmops_kit.training.adapters import add_lora
 from llmops_kit.training.batching import TokenRows, collate, padding_share, token_batches, token_rows
 from llmops_kit.training.loop import LossNotFinite
 from llmops_kit.training.loss import token_nll
-from llmops_kit.training.sft import CompletionTrainer, add_lora, finetune
+from llmops_kit.training.sft import CompletionTrainer, finetune
 
 WORDS = "the of a file and returns name object value is for list key path with line error index count type".split()
 
@@ -38,7 +39,7 @@ def random_lm():
 
 
 EXAMPLES = SimpleNamespace(train=conversations(60, 1), validation=conversations(16, 2))
-SMALL = dict(lr=1e-2, max_steps=6, eval_every=2, tokens_per_batch=256, lora_r=4, lora_dropout=0.1)
+SMALL = dict(lr=1e-2, max_steps=6, eval_every=2, tokens_per_batch=256, lora_r=4, lora_dropout=0.1, precision="fp32")
 
 
 @pytest.fixture
@@ -215,10 +216,11 @@ def test_token_batches():
 
 def poisoned_after(calls, monkeypatch):
     seen = []
-    def nll(model, batch, head=None):
+    plain = CompletionTrainer.compute_loss
+    def loss(self, *args, **kwargs):
         seen.append(1)
-        return token_nll(model, batch, head)*(float("nan") if len(seen) > calls else 1)
-    monkeypatch.setattr(sft, "token_nll", nll)
+        return plain(self, *args, **kwargs)*(float("nan") if len(seen) > calls else 1)
+    monkeypatch.setattr(CompletionTrainer, "compute_loss", loss)
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(lm, tmp_path, monkeypatch):
@@ -228,7 +230,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(lm, tmp_path, monkeyp
         finetune(lm, EXAMPLES, folder=tmp_path/"stopped", **SMALL | {"eval_every": 4})
     assert isinstance(error.value, UserError)
     kept = tmp_path/"stopped/checkpoint-4"
-    assert [o.name for o in (tmp_path/"stopped").iterdir()] == ["checkpoint-4"]
+    assert [o.name for o in (tmp_path/"stopped").glob("checkpoint-*")] == ["checkpoint-4"]
     losses = {o["step"]: o["validation/loss"] for o in whole.history if "validation/loss" in o}
     tuned = load_adapter(str(kept), lm)
     assert f"{losses[4]:.4f}" in str(error.value)
@@ -271,13 +273,13 @@ def test_a_disk_that_is_really_full(lm, tmp_path):
 
 def test_early_stopping_loads_the_best(lm, tmp_path, monkeypatch):
     losses, weights = iter([3.0, 2.0, 1.0, 1.5, 1.2, 0.5]), []
-    def scripted(model, batches, head=None):
+    def scripted(model, batches, head=None, nll=None):
         weights.append({k: v.clone() for k, v in model.state_dict().items() if "lora" in k})
         return next(losses)
     monkeypatch.setattr(sft, "mean_nll", scripted)
     tuned = finetune(lm, EXAMPLES, folder=tmp_path, patience=2, **SMALL | {"max_steps": 20, "eval_every": 1})
     assert tuned.metrics["train/steps"] == 4 and tuned.best_step == 2 and tuned.metrics["validation/loss"] == 1.0
-    assert [o.name for o in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert [o.name for o in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     now = {k: v for k, v in tuned.lm.model.state_dict().items() if "lora" in k}
     assert all(torch.equal(now[k], v) for k, v in weights[2].items())
     assert not all(torch.equal(now[k], v) for k, v in weights[4].items())

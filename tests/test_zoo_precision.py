@@ -64,13 +64,14 @@ def trainer_with(patch, **methods): patch.setattr(invariance_module, "Completion
 def weights_kept_in_bf16(patch, lm):
     def create_optimizer(self, *args):
         optimizer = CompletionTrainer.create_optimizer(self, *args)
-        if self.args.bf16:
+        if self.args.bf16 or any(p.dtype == torch.bfloat16 for p in self.model.parameters()):
+            trained = [p for p in self.model.parameters() if p.requires_grad]
             @torch.no_grad()
             def rounded(*args):
-                for p, before in zip(self.model.parameters(), self.before):  # what a bf16 weight makes of the same step
+                for p, before in zip(trained, self.kept):  # what a bf16 weight makes of the same step
                     p.copy_((before.bfloat16() + (p - before).bfloat16()).float() + (before - before.bfloat16().float()))
-                self.before = [p.detach().clone() for p in self.model.parameters()]
-            self.before = [p.detach().clone() for p in self.model.parameters()]
+                self.kept = [p.detach().clone() for p in trained]
+            self.kept = [p.detach().clone() for p in trained]
             optimizer.register_step_post_hook(rounded)
         return optimizer
     trainer_with(patch, create_optimizer=create_optimizer)

@@ -117,6 +117,7 @@ def load_model(model:str="tiny",         # bundled name, folder, run id, or hub 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if dtype not in ("float32", "bfloat16", "float16"): raise UserError(f"Unknown dtype {dtype}. Use float32, bfloat16 or float16.")
     folder, run = model_folder(model, revision)
+    if (folder/"classes.json").exists(): raise UserError(f"{model} is a classifier: it gives labels, not text. `load_classifier` of llmops_kit.training.classify loads it.")
     quantization = quantization_of(folder, quantize, getattr(torch, dtype))
     try:
         with _quiet():

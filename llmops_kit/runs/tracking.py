@@ -108,7 +108,7 @@ def read_offline_run(folder:Path, # a run's folder
                      )->dict:     # config, history (a list of lines) and summary as wandb holds them
     "Read an offline run back with `wandb leet inspect`."
     import subprocess, sys
-    file = next(iter(sorted(Path(folder).glob("wandb/*run-*/*.wandb"))), None)
+    file = max(Path(folder).glob("wandb/*run-*/*.wandb"), default=None)  # a resumed run has several, and the last has it all
     if file is None: raise FileNotFoundError(f"no wandb run in {folder}")
     inspect = lambda *flags: subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", *flags, str(file)],
                                             capture_output=True, text=True, check=True).stdout

@@ -52,8 +52,8 @@ def norm_forward(
 ):                          # a forward pass, or None if the module is no RMSNorm
     "The fast forward pass of a model's own RMSNorm, whether it multiplies by its weight or, as Gemma does, by one more."
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if "RMSNorm" not in type(module).__name__ or weight is None or eps is None: return None
-    x = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
+    if "RMSNorm" not in type(module).__name__ or weight is None or eps is None or module._forward_hooks or module._forward_pre_hooks: return None
+    x = torch.randn(1, 4, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
     for more in 0, 1:
         def forward(x, more=more): return RMSNorm.apply(x, weight + more if more else weight, eps)
         with torch.no_grad():
