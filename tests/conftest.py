@@ -44,3 +44,13 @@ def wait_until(condition, process, seconds=180):
         assert time.monotonic() < deadline, "it never came to that"
         try: process.wait(0.1)
         except subprocess.TimeoutExpired: pass
+
+def kill_tree(process):
+    "SIGKILL a process and all that it started."
+    import psutil
+    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for o in tree:
+        try: o.kill()
+        except psutil.NoSuchProcess: pass
+    psutil.wait_procs(tree, timeout=30)
+    process.wait()

@@ -1,7 +1,7 @@
 "A run that is killed at any moment: the ledger finds out, nothing that was logged is lost, and the next run works."
 import json
-import nbformat, psutil, pytest
-from conftest import PROJECT, llmops, start_llmops, wait_until
+import nbformat, pytest
+from conftest import PROJECT, kill_tree, llmops, start_llmops, wait_until
 
 SMALL = {"max_steps": 400, "train_examples": 400, "eval_every": 5, "wandb": "offline", "certify": "off"}
 
@@ -18,14 +18,6 @@ MOMENTS = {
     "training is well under way": lambda run: _lines(run) >= 12,
 }
 
-def _kill_tree(process):
-    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for o in tree:
-        try: o.kill()
-        except psutil.NoSuchProcess: pass
-    psutil.wait_procs(tree, timeout=30)
-    process.wait()
-
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_sigkill_of_the_whole_tree(moment, tmp_path):
     env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
@@ -35,7 +27,7 @@ def test_sigkill_of_the_whole_tree(moment, tmp_path):
     wait_until(lambda: found() and MOMENTS[moment](found()[0].parent), process)
     run = found()[0].parent
     logged = _lines(run)
-    _kill_tree(process)
+    kill_tree(process)
 
     record = json.loads(llmops("runs", "--json", env=env))[0]
     assert record["status"] == "killed" and record["id"] == run.name

@@ -2,9 +2,9 @@
 import json, os, random, signal, sys
 from pathlib import Path
 
-import psutil, pytest
+import pytest
 
-from conftest import llmops, run_command, start_llmops, wait_until
+from conftest import kill_tree, llmops, run_command, start_llmops, wait_until
 from test_training import EXAMPLES, SMALL, random_lm
 from llmops_kit.runs.artifacts import sha256_of
 from llmops_kit.runs.history import comparable
@@ -171,15 +171,6 @@ def test_out_of_memory(tmp_path, monkeypatch):
 
 JOB = {"max_steps": 60, "train_examples": 300, "validation_examples": 20, "eval_every": 20, "patience": 0, "tokens_per_batch": 256, "gradient_accumulation": 2, "max_new_tokens": 4, "wandb": "off", "certify": "off"}
 ARGUMENTS = [str(o) for k, v in JOB.items() for o in ("-p", k, v)]
-
-
-def kill_tree(process):
-    tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for o in tree:
-        try: o.kill()
-        except psutil.NoSuchProcess: pass
-    psutil.wait_procs(tree, timeout=30)
-    process.wait()
 
 
 def steps_done(folder):

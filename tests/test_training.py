@@ -14,7 +14,7 @@ from llmops_kit.models.chat import render
 from llmops_kit.models.load import LanguageModel, bundled_folder, load_adapter
 from llmops_kit.runs.artifacts import Artifact, sha256_of
 from llmops_kit.runs.errors import UserError
-from llmops_kit.training import checkpoints, sft
+from llmops_kit.training import checkpoints, hotpath, sft
 from llmops_kit.training.adapters import add_lora
 from llmops_kit.training.batching import TokenRows, collate, padding_share, token_batches, token_rows
 from llmops_kit.training.loop import LossNotFinite
@@ -303,3 +303,26 @@ def test_what_is_logged(lm, tmp_path):
     assert told[-1][:2] == (6, 6) and "loss" in told[-1][2]
     assert tuned.metrics["validation/loss"] < tuned.metrics["base/loss"]
     assert json.loads((tuned.save(tmp_path/"adapter")/"base.json").read_text()) == {"name": "random", "sha256": "0"*64}
+
+
+# -- the hot path is used only where it says the same
+
+def hot(lm, batch):
+    with hotpath.fast(add_lora(lm, 4).model, batch) as nll: return nll
+
+
+def test_the_hot_path_says_the_same(lm):
+    nll = hot(lm, batches_of(lm)[0])
+    assert isinstance(nll, hotpath.HotPath) and nll.difference < nll.tolerance and set(nll.replaced) == {"norm", "adapter", "rotary", "last block"}
+
+
+def test_a_kernel_that_is_a_little_wrong_is_not_used(lm, monkeypatch):
+    right = hotpath.HeadNLL
+    monkeypatch.setattr(hotpath, "HeadNLL", SimpleNamespace(apply=lambda *args: right.apply(*args)*1.001))
+    assert hot(lm, batches_of(lm)[0]) is token_nll
+
+
+def test_a_module_that_needs_every_position_is_not_narrowed(lm, monkeypatch):
+    monkeypatch.setattr(hotpath, "last_block", lambda model: [model.model.layers[-1].self_attn.k_proj])
+    nll = hot(lm, batches_of(lm)[0])
+    assert isinstance(nll, hotpath.HotPath) and not nll.narrow and "last block" not in nll.replaced

@@ -194,7 +194,7 @@ def distill(
     validation_examples:int|None=300, # at most so many, the same for every seed; None or 0: all
     lora_r:int=16,                    # rank
     lora_alpha:int=32,                # the adapter's output is scaled by alpha/r
-    lora_dropout:float=0.05,          # on the adapter's input
+    lora_dropout:float=0.0,           # on the adapter's input
     target_modules:str|list[str]="all-linear", # every linear layer but the head, or names of layers
     tokens_per_batch:int=2048,        # size of a padded batch
     gradient_accumulation:int=1,      # batches per optimizer step
