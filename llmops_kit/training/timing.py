@@ -125,7 +125,7 @@ class TimeSpent:
     def picture(self)->Picture:
         "One bar, cut by phase."
         from matplotlib.figure import Figure
-        figure = Figure(figsize=(9.6, 1.5), layout="constrained")
+        figure = Figure(figsize=(9.6, 1.8), layout="constrained")
         axes, left = figure.subplots(), 0.
         for name, seconds in self.seconds.items():
             axes.barh(0, seconds, left=left, color=COLORS.get(name, "#9467bd"), label=f"{name} {seconds/self.total:.1%}", edgecolor="white")
@@ -134,7 +134,7 @@ class TimeSpent:
         axes.set_xlabel("seconds", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(self.seconds), frameon=False, fontsize=9, handlelength=1, columnspacing=1.2)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize=9, handlelength=1, columnspacing=1.2)
         return Picture(figure, ", ".join(f"{k} {v:.2f} s" for k, v in self.seconds.items()))
 
     def __repr__(self): return columns([[*self.rows()[0]]] + [[*o.values()] for o in self.rows()], right=[1, 2, 3]) + f"\n{self.about}"
