@@ -307,13 +307,38 @@ def test_what_is_logged(lm, tmp_path):
 
 # -- the hot path is used only where it says the same
 
-def hot(lm, batch):
-    with hotpath.fast(add_lora(lm, 4).model, batch) as nll: return nll
+def hot(lm, batch, bf16=False):
+    with hotpath.fast(add_lora(lm, 4).model, batch, bf16=bf16) as nll: return nll
 
 
-def test_the_hot_path_says_the_same(lm):
-    nll = hot(lm, batches_of(lm)[0])
-    assert isinstance(nll, hotpath.HotPath) and nll.difference < nll.tolerance and set(nll.replaced) == {"norm", "adapter", "rotary", "last block"}
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_hot_path_says_the_same(lm, bf16):
+    nll = hot(lm, batches_of(lm)[0], bf16)
+    assert isinstance(nll, hotpath.HotPath) and nll.difference < nll.tolerance and set(nll.replaced) == {"norm", "adapter", "rotary", "last block"} | ({"attention"} if bf16 else set())
+
+
+def leaking(layout): layout.token = layout.token.roll(1, 0)  # a row's keys are another row's
+def stretched(layout): layout.positions = layout.positions*2  # that they go on from row to row would not matter to rotary positions
+def shifted(layout): layout.place = layout.place.roll(1)
+def short_of_a_token(layout): layout.flat[-1] = layout.flat[-2]
+
+@pytest.mark.parametrize("bug", [leaking, stretched, shifted, short_of_a_token])
+@pytest.mark.parametrize("rows", [1, None])
+def test_rows_that_see_each_other_are_not_laid_end_to_end(lm, monkeypatch, bug, rows):
+    class Wrong(hotpath.Layout):
+        def __init__(self, mask):
+            super().__init__(mask)
+            bug(self)
+    monkeypatch.setattr(hotpath, "Layout", Wrong)
+    nll = hot(lm, {k: v[:rows] for k, v in batches_of(lm)[0].items()}, bf16=True)
+    assert isinstance(nll, hotpath.HotPath) and not nll.end_to_end and "attention" not in nll.replaced
+
+
+def test_attention_that_sees_what_comes_later_is_not_used(lm, monkeypatch):
+    from llmops_kit.training import kernels
+    monkeypatch.setattr(kernels, "seen", lambda length, window, like: like.new_zeros(length, length))
+    nll = hot(lm, batches_of(lm)[0], bf16=True)
+    assert isinstance(nll, hotpath.HotPath) and not nll.end_to_end
 
 
 def test_a_kernel_that_is_a_little_wrong_is_not_used(lm, monkeypatch):
