@@ -14,10 +14,12 @@ from llmops_kit.models.families import random_lm
 from llmops_kit.models.load import load_adapter
 from llmops_kit.runs.artifacts import sha256_of
 from llmops_kit.runs.errors import UserError
+from llmops_kit.runs.history import comparable
 from llmops_kit.training import preference, reinforce as grpo
 from llmops_kit.training.pairs import pair_rows, pair_scores
 from llmops_kit.training.preference import collate_kto, prefer
 from llmops_kit.training.reinforce import Reward, judge, length_warning, load_any_reward, load_function, reinforce
+from llmops_kit.training.resumable import Resumable
 from llmops_kit.training.reward import load_reward, train_reward
 
 WORDS = "the of a file and returns name object value is for list key path with line error index count type".split()
@@ -225,3 +227,24 @@ def test_a_reward_file_that_does_not_load_is_explained(tmp_path):
     with pytest.raises(UserError, match="line 2, SyntaxError"): load_function(f"{tmp_path}/mine.py:of")
     with pytest.raises(UserError, match="There is no file"): load_function(f"{tmp_path}/other.py:of")
     with pytest.raises(UserError, match="Did you mean sentence"): load_any_reward("sentense", None)
+
+
+# -- a kill
+
+class Cut(BaseException): pass
+
+
+@pytest.mark.parametrize("what", ["dpo", "kto", "orpo", "reward"])
+def test_cut_off_and_called_again(lm, tmp_path, monkeypatch, what):
+    monkeypatch.setattr(Resumable, "_must_save", lambda self: self.state.global_step % 2 == 0)  # not when it is time, but every second step
+    settings = SMALL | dict(max_steps=6, eval_every=3)
+    def train(folder, cut=None):
+        def on_log(values, step):
+            if step == cut and "train/loss" in values: raise Cut
+        if what == "reward": tuned = train_reward(lm, EXAMPLES, folder=folder, on_log=on_log, **settings)
+        else: tuned = prefer(lm, EXAMPLES, folder=folder, method=what, on_log=on_log, **settings)
+        return sha256_of(tuned.save(folder/"out")), comparable(tuned.metrics), [comparable(o) for o in tuned.history]
+    whole = train(tmp_path/"whole")
+    with pytest.raises(Cut): train(tmp_path/"cut", 5)
+    assert list((tmp_path/"cut"/"resume").glob("step-4"))
+    assert train(tmp_path/"cut") == whole

@@ -16,7 +16,7 @@ from transformers import PrinterCallback
 
 from ..models.chat import render_row
 from ..models.load import LanguageModel, check_fits, load_model, shared_copy
-from ..runs.artifacts import Artifact
+from ..runs.artifacts import Artifact, sha256_rows
 from ..runs.errors import UserError
 from ..runs.ledger import find_output, is_run_ref
 from .adapters import add_lora
@@ -25,6 +25,7 @@ from .checkpoints import BestCheckpoint, save_adapter
 from .loop import LossNotFinite, deterministic, peak_memory
 from .pairs import pair_rows
 from .preference import FeedbackWatch, HeldOut, common_arguments, quietly
+from .resumable import Resumable
 from .sft import some
 
 # %% ../../nbs/training/reward.ipynb #1d6fb637
@@ -159,7 +160,7 @@ def train_reward(
         lm = replace(add_lora(with_score(base), lora_r, lora_alpha), base=base)
         best = BestCheckpoint(folder, lm, identity)
         watch = FeedbackWatch(best, patience, on_log, on_progress)
-        trainer = type("PairRewardTrainer", (HeldOut, RewardTrainer), {})(
+        trainer = type("PairRewardTrainer", (HeldOut, Resumable, RewardTrainer), {})(
             model=lm.model, args=arguments, data_collator=DataCollatorForPreference(pad_token_id=pad), train_dataset=tokens(train), eval_dataset=tokens(validation),
             processing_class=base.tokenizer, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
@@ -170,7 +171,10 @@ def train_reward(
             margin = scores[:len(validation)] - scores[len(validation):]
             return {"eval_loss": float(np.logaddexp(0, -margin).mean()), "accuracy": float((margin > 0).mean()), "margin": float(margin.mean())}
         trainer.held_out = held_out
-        try: trainer.train()
+        settings = dict(lr=lr, epochs=epochs, max_steps=max_steps, rows=sha256_rows([o.ids for o in train.chosen + train.rejected]), base=base.artifact.sha256, batch_size=arguments.per_device_train_batch_size,
+                        accumulation=gradient_accumulation, warmup=warmup_ratio, clip=max_grad_norm, eval_every=eval_every, patience=patience, bf16=arguments.bf16, seed=seed,
+                        lora=[lora_r, lora_alpha], validation=sha256_rows([o.ids for o in validation.chosen + validation.rejected]))
+        try: went_on = trainer.train_in(folder, settings, parts=[watch])
         except LossNotFinite as error: raise LossNotFinite(f"{error} {best.kept} A lower lr usually helps.") from None
     tuned = replace(load_reward(str(best.path), base), history=watch.history)
     last = {k: v for line in watch.history if line["step"] == best.step for k, v in line.items() if k.startswith("validation/")}
@@ -179,4 +183,5 @@ def train_reward(
         "train/examples": len(train), "train/dropped": train.dropped, "parameters/trained": sum(o.numel() for o in lm.model.parameters() if o.requires_grad),
         "cost/seconds": time.perf_counter() - start, "cost/peak_memory_bytes": peak_memory(arguments.device)}
     said = [] if best.step else ["No step was better than the start on the validation pairs, so every answer has the same reward. Try another lr, or more steps."]
+    said += [went_on] if went_on else []
     return replace(tuned, metrics=metrics, warnings=said)
