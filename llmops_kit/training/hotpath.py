@@ -85,10 +85,12 @@ _longest = 512 # tokens in a row; from there on the table of all pairs costs mor
 
 def row_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
     "Attention as `transformers` calls it, within the rows of `HotPath.layout`."
-    layout, scale = HotPath.layout, scaling or query.shape[-1] ** -0.5
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    layout, scale, kind = HotPath.layout, scaling or query.shape[-1] ** -0.5, value.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    query, key, value = (o.to(dtype) for o in (query, key, value))
     if kwargs.get("softcap") is not None: raise TypeError("Attention with a soft cap is not made for rows.")
-    if layout.length <= _longest and not dropout: return RowAttention.apply(query, key, value, layout, scale, sliding_window), None
+    if layout.length <= _longest and not dropout:
+        with torch.autocast(kind, enabled=False): return RowAttention.apply(query, key, value, layout, scale, sliding_window), None
     rows = [layout.apart(o, query.shape[1] // o.shape[1]).view(layout.rows, query.shape[1], layout.length, -1) for o in (query, key, value)]
     windowed = sliding_window is not None and sliding_window < layout.length
     out = F.scaled_dot_product_attention(*rows, attn_mask=seen(layout.length, sliding_window, query) if windowed else None, dropout_p=dropout, scale=scale, is_causal=not windowed)
@@ -202,10 +204,19 @@ def fast(
         yield token_nll
         return
     if len(batch["input_ids"]) == 1: batch = _with_company(batch)
-    wanted, path.tolerance = slopes(token_nll, model, batch, head), 128 * torch.finfo(torch.float32).eps
-    if exact is not None:  # bf16 rounds in any order: ours may be no further from fp32 than the model's own code, give or take a rounding
-        rounded, wanted = wanted, slopes(token_nll, exact, batch, exact.get_output_embeddings())
-        path.tolerance = 1.5 * disagreement(rounded, wanted) + torch.finfo(torch.bfloat16).eps
+    def computed(nll, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast): return slopes(nll, model, batch, head)
+    plain = computed(token_nll, False)
+    wanted = plain if exact is None else slopes(token_nll, exact, batch, exact.get_output_embeddings())
+    # bf16 rounds in any order: ours may be no further from fp32 than the model's own code, give or take a rounding
+    def allowed(rounded): return 1.5 * disagreement(rounded, wanted) + torch.finfo(torch.bfloat16).eps
+    few = 128 * torch.finfo(torch.float32).eps
+    tolerances = {False: few if exact is None else allowed(plain)}
+    if bf16 and exact is None: tolerances[True] = allowed(computed(token_nll, True))
+    def worst():
+        found = [(disagreement(computed(path, k), wanted), v) for k, v in tolerances.items()]
+        if exact is not None and path.end_to_end: found.append((disagreement(slopes(path, exact, batch, exact.get_output_embeddings()), wanted), few))  # a small mistake of the layout would hide in bf16
+        return max(found, key=lambda o: o[0]/o[1])
     with ExitStack() as stack:
         stack.enter_context(_unasked())
         def replace(kind, thing, name, value):
@@ -217,8 +228,8 @@ def fast(
         for place in rotary_places(inner): replace("rotary", place, "apply_rotary_pos_emb", _rotary(place.apply_rotary_pos_emb))
         for module in last_block(inner): replace("last block", module, "forward", _only_there(module, path))
         for path.end_to_end, path.narrow in [(e, n) for e in ((True, False) if bf16 or exact is not None else (False,)) for n in (True, False)]:
-            try: path.difference = disagreement(slopes(path, model, batch, head), wanted)
-            except (TypeError, RuntimeError): path.difference = float("inf")
+            try: path.difference, path.tolerance = worst()
+            except (TypeError, RuntimeError): path.difference, path.tolerance = float("inf"), 0.
             if path.difference <= path.tolerance: break
         else:
             stack.close()
