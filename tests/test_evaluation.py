@@ -319,9 +319,10 @@ def test_flat_names_and_rows(tiny):
     lm, rows = small_model(tiny), conversations()
     base, tuned = (evaluate(m, rows, max_new_tokens=6, resamples=100) for m in (lm, small_model(tiny, "gpt2")))
     comparison = compare(tuned, base, resamples=100)
-    names = ["loss", "perplexity", "bleu", "rouge_1", "rouge_2", "rouge_l", "exact_match"]
+    names = ["loss", "perplexity", "bits_per_byte", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l", "token_f1", "edit_similarity", "exact_match"]
     expected = {f"{s}/{n}{e}" for s in ("test", "base", "difference") for n in names for e in ("", "/low", "/high")}
-    expected |= {f"{c}/{n}" for c in ("cost", "cost/base") for n in ("seconds", "tokens_per_second", "latency_p50_seconds", "latency_p95_seconds")}
+    with_interval = ["latency_p50_seconds", "latency_p95_seconds", "latency_p99_seconds", "tokens_per_example"]
+    expected |= {f"{c}/{n}" for c in ("cost", "cost/base") for n in ["seconds", "tokens_per_second", *(f"{n}{e}" for n in with_interval for e in ("", "/low", "/high"))]}
     flat = comparison.flat()
     assert set(flat) == expected | {"test/examples", "test/truncated", "test/cut"}
     assert all(flat[f"{k}/low"] <= flat[k] <= flat[f"{k}/high"] for k in flat if f"{k}/low" in flat)

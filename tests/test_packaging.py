@@ -31,6 +31,9 @@ def test_the_wheel_has_the_jobs_the_model_and_nothing_else(wheel):
     assert jobs and {n for n in ours if n.endswith(".ipynb")} == {f"llmops_kit/jobs/{name}" for name in jobs}
     for folder in ("tiny", "tiny_run"):
         assert {f"llmops_kit/models/{folder}/{p.name}" for p in (PROJECT/"llmops_kit/models"/folder).iterdir()} <= set(ours)
+    for data in ("data/templates/*.md", "evaluation/probes/*.jsonl"):
+        found = {str(p.relative_to(PROJECT)) for p in (PROJECT/"llmops_kit").glob(data)}
+        assert found and found <= set(ours), data
     assert {str(p.relative_to(PROJECT)) for p in (PROJECT/"llmops_kit").rglob("*.py")} <= set(ours)
     assert not [n for n in ours if n.startswith(("nbs/", "tests/")) or "__pycache__" in n]
     assert wheel.stat().st_size < 12e6

@@ -10,10 +10,11 @@ __all__ = ['Evaluation', 'reference_of', 'evaluate', 'Comparison', 'compare', 's
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-import numpy as np
 from ..data.contamination import Index, Overlap, RowSet, items_of, search_rows, text_of, training_sets
 from ..data.splits import hash_fraction
-from .metrics import Metric, check_pairs, likelihood_metrics, text_metrics
+from .cost import cost_of
+from .embeddings import embedding_similarity
+from .metrics import Metric, check_pairs, likelihood_metrics, mean_metric, text_metrics
 from .scoring import generate, score
 from .statistics import Interval, metric_interval, paired_difference, verdict
 from ..models.load import LanguageModel
@@ -27,9 +28,9 @@ class Evaluation:
     "One model on some examples."
     references:list[str]            # what a person wrote
     texts:list[str]                 # what the model wrote
-    metrics:dict[str, Metric]       # loss, perplexity, bleu, rouge_1, rouge_2, rouge_l, exact_match
+    metrics:dict[str, Metric]       # loss, perplexity, bits_per_byte, bleu, chrf, rouge_1, rouge_2, rouge_l, token_f1, edit_similarity, exact_match
     intervals:dict[str, Interval]   # the same, each with its 95 % interval
-    cost:dict[str, float]           # seconds, tokens_per_second, latency_p50_seconds, latency_p95_seconds
+    cost:dict[str, float]           # as `cost_of` gives it: seconds, tokens_per_second, latency_p50_seconds, tokens_per_example and so on
     counts:dict[str, int]           # examples; truncated: prompts that lost their start; cut: answers that reached max_new_tokens
     @property
     def ids(self)->list[str]: return self.metrics["loss"].ids
@@ -46,6 +47,8 @@ def evaluate(lm:LanguageModel,
              resamples:int=2000,     # of the bootstrap
              seed:int=0,             # of the bootstrap
              on_progress=None,       # called with (done, total, text)
+             price_per_hour:float=0.0, # of the machine; 0: no price per example
+             embedder:LanguageModel|None=None, # a model for `embedding_similarity`; none: without it
              )->Evaluation:
     "Every metric of a model on the examples."
     rows = list(rows)
@@ -54,12 +57,13 @@ def evaluate(lm:LanguageModel,
     def tell(offset): return on_progress and (lambda done, total, text: on_progress(done + offset, 2*total, text))
     scores = score(lm, rows, on_progress=tell(0))
     answers = generate(lm, rows, max_new_tokens, on_progress=tell(len(rows)))
-    metrics = likelihood_metrics(ids, scores.nll, scores.tokens) | text_metrics(ids, answers.texts, references)
-    p50, p95 = np.quantile(answers.latency, [0.5, 0.95])
+    metrics = likelihood_metrics(ids, scores.nll, scores.tokens, references) | text_metrics(ids, answers.texts, references)
+    if embedder:
+        metrics["embedding_similarity"] = mean_metric("embedding_similarity", ids, embedding_similarity(embedder, answers.texts, references),
+                                                      signature=f"cosine of mean last hidden states of {embedder.name}, {embedder.artifact.sha256[:12]}")
     return Evaluation(references, answers.texts, metrics,
         {name: metric_interval(m, resamples, seed=seed) for name, m in metrics.items()},
-        dict(seconds=scores.seconds + answers.seconds, tokens_per_second=answers.tokens_per_second,
-             latency_p50_seconds=float(p50), latency_p95_seconds=float(p95)),
+        cost_of(answers, scores.seconds, price_per_hour, resamples, seed),
         dict(examples=len(rows), truncated=max(scores.truncated, answers.truncated), cut=int((~answers.finished).sum())))
 
 # %% ../../nbs/evaluation/evaluate.ipynb #8245dc78
