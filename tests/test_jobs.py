@@ -9,6 +9,8 @@ SMALL = {
     "pretrain": {"steps": 4, "eval_every": 2, "eval_blocks": 2, "layers": 1, "hidden_size": 64, "intermediate_size": 128, "max_length": 128},
     "finetune": {"data": "latest:prepare", "max_steps": 6, "eval_every": 3, "max_new_tokens": 8, "certify": "off"},
     "evaluate": {"adapter": "latest:finetune", "examples": 24, "max_new_tokens": 8},
+    "compare": {"resamples": 200},
+    "bench_statistics": {"simulations": 20, "resamples": 100},
     "prompt": {"data": "latest:prepare", "examples": 24, "generated": 4, "resamples": 200, "max_new_tokens": 8},
     "search_prompt": {"data": "latest:prepare", "budget": 300, "counts": "0", "resamples": 200},
     "bench_prepare": {"rows": 2000, "sample": 100, "processes": 1},
