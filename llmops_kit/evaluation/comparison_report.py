@@ -29,7 +29,7 @@ def comparison_words(c:RunComparison)->Words:
         by_word = {word: [labels.get(k, k) for k, o in found.items() if o.verdict == word] for word in ("better", "worse", "not decided")}
         said = "; ".join(f"**{word}** on {', '.join(names)}" for word, names in by_word.items() if names)
         lines.append(f"{where}, `{name}` is, compared with `{base}`: {said}.")
-        open_ = [f"{labels.get(k, k)} {number(int(o.needed))}" for k, o in found.items() if o.verdict == "not decided" and math.isfinite(o.needed)]
+        open_ = [f"{labels.get(k, k)} {number(int(o.needed))}" for k, o in found.items() if o.verdict == "not decided" and c.examples < o.needed < math.inf]
         if open_: lines.append(f"Examples in all that would decide, with a power of 80 %, a difference as large as the one seen: {', '.join(open_)}.")
     tests = sum(map(len, c.results.values()))
     corrected = f", corrected for {tests} tests after {_of_correction[c.correction]}" if c.correction in _of_correction and tests > 1 else ", without correction for the number of tests" if tests > 1 else ""
@@ -39,7 +39,7 @@ def comparison_words(c:RunComparison)->Words:
 def comparison_frame(c:RunComparison): # a pandas DataFrame, one row per model and metric
     "Every number behind the verdicts."
     import pandas as pd
-    rows = [{"model": name, "metric": labels.get(k, k), c.models[0].name: str(o.base), "this model": str(o.tuned), "difference": str(o.difference), "p": number(o.p_value), "p corrected": number(o.corrected),
+    rows = [{"model": name, "metric": labels.get(k, k), c.models[0].name: str(o.base), (name if len(c.results) == 1 else "this model"): str(o.tuned), "difference": str(o.difference), "p": number(o.p_value), "p corrected": number(o.corrected),
              "verdict": o.verdict, "found at 80 %": number(o.finds), "examples needed": number(int(o.needed)) if math.isfinite(o.needed) else "-"} for name, found in c.results.items() for k, o in found.items()]
     return pd.DataFrame(rows).set_index(["model", "metric"] if len(c.results) > 1 else "metric").drop(columns=[] if len(c.results) > 1 else "model")
 

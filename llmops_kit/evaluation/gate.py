@@ -84,7 +84,7 @@ def _loss(rule, model, base, group_of, confidence):
     about = f"{number(b.value)} against {number(a.value)}, a difference of {difference}; it may be worse by up to {number(worst)}, and {number(allowed)} is allowed"
     if worst <= allowed: return True, about
     if seen > allowed: return False, f"{about}; what was seen is more than that"
-    needed = examples_needed(standard_error(a, b, groups), len(a.ids), allowed - seen, confidence=confidence)
+    needed = examples_needed(standard_error(a, b, groups), len(a.ids), allowed - seen, confidence=confidence, proportion=a.proportion)
     return False, f"{about}; not decided with {len(a.ids)} examples" + (f", about {needed:,} would do" if np.isfinite(needed) else "")
 
 def check_rule(rule:dict, model:SavedModel, record:dict, # of the run

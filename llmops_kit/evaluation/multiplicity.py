@@ -49,4 +49,5 @@ def simultaneous_differences(pairs:dict[str, tuple[Metric, Metric]], confidence:
                              resamples:int=2000, seed:int=0)->dict[str, Interval]: # tuned minus base, by name
     "Differences whose intervals hold all together."
     each = pointwise_confidence(pairs, confidence, groups, resamples, seed)
+    resamples = max(resamples, min(10_000, round(resamples*(1 - confidence)/(1 - each)))) # as many beyond each end as for one interval
     return {name: paired_difference(base, tuned, resamples, each, seed, groups) for name, (base, tuned) in pairs.items()}

@@ -10,7 +10,7 @@ __all__ = ['SavedModel', 'saved_rows', 'saved_metrics', 'saved_model', 'check_sa
 import json, math
 from dataclasses import dataclass, field
 from .metrics import Metric, likelihood_metrics, mean_metric, text_metrics
-from .multiplicity import corrections, simultaneous_differences
+from .multiplicity import corrections, pointwise_confidence, simultaneous_differences
 from .sample_size import examples_needed, smallest_difference, standard_error
 from .statistics import Interval, metric_interval, paired_difference, verdict
 from .tests_of_difference import difference_test
@@ -141,12 +141,13 @@ def compare_models(models:list[SavedModel],     # the first is the one to compar
     pairs = {(m.name, k): (first.metrics[k], m.metrics[k]) for m in others for k in wanted}
     p_values = {key: difference_test(*pair, groups, seed=seed) for key, pair in pairs.items()}
     corrected, together = corrections[correction](p_values), simultaneous_differences(pairs, confidence, groups, resamples, seed)
+    each = pointwise_confidence(pairs, confidence, groups, resamples, seed) if correction == "holm" else confidence # what a difference must reach among the others
     def compared(key, base, tuned):
         difference, error = paired_difference(base, tuned, resamples, confidence, seed, groups), standard_error(base, tuned, groups, resamples, seed)
         word = "not decided" if corrected[key] > 1 - confidence else verdict(Interval(difference.value, difference.value, difference.value), base.better)
         alone = (metric_interval(m, resamples, confidence, seed) for m in (base, tuned))
-        return Compared(*alone, difference, together[key], p_values[key], corrected[key], word, smallest_difference(error, confidence=confidence),
-                        examples_needed(error, len(base.ids), difference.value, confidence=confidence))
+        return Compared(*alone, difference, together[key], p_values[key], corrected[key], word, smallest_difference(error, confidence=each),
+                        examples_needed(error, len(base.ids), difference.value, confidence=each, proportion=base.proportion))
     results = {m.name: {k: compared((m.name, k), *pairs[m.name, k]) for k in wanted} for m in others}
     return RunComparison(models, results, groups, confidence, correction)
 

@@ -39,7 +39,10 @@ def smallest_difference(error:float,      # the standard error of these examples
 def examples_needed(error:float,      # the standard error of these examples
                     examples:int,     # that it is of
                     size:float,       # of the difference to find, in the metric's unit; the sign does not matter
-                    power:float=0.8, confidence:float=0.95)->float: # in all; infinite for a difference of 0
+                    power:float=0.8, confidence:float=0.95,
+                    proportion:bool=False, # is every example right or wrong?
+                    )->float:         # in all; infinite for a difference of 0
     "How many examples like these, in as many groups for each, find a difference of this size."
-    reach = _reach(power, confidence)
-    return math.inf if size == 0 else max(2, math.ceil(examples*(reach*error/size)**2 - 1e-9))
+    reach, size, variance = _reach(power, confidence), abs(size), examples*error**2
+    if proportion: variance = max(variance, size - size**2) # a share moves by what changes in that many examples
+    return math.inf if size == 0 else max(2, math.ceil(variance*(reach/size)**2 - 1e-9))
