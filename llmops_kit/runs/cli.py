@@ -132,7 +132,7 @@ def gate_command(arguments):
     blocked = sum(not o["passed"] for o in found["rules"])
     if arguments.json: _print_json(found)
     else:
-        print(f"{'BLOCKED' if blocked else 'passed'}: {found['run']} meets {len(found['rules']) - blocked} of {len(found['rules'])} demands of {found['policy']}")
+        print(f"{'BLOCKED' if blocked else 'passed'}: {found['run']} meets {len(found['rules']) - blocked} of {len(found['rules'])} demands of {os.path.basename(found['policy'])}")
         for o in found["rules"]: print(f"  {'passed ' if o['passed'] else 'BLOCKED'}  {o['rule']}: {o['reason']}")
     return 1 if blocked else 0
 
