@@ -10,6 +10,8 @@ SMALL = {
     "finetune": {"data": "latest:prepare", "max_steps": 6, "eval_every": 3, "max_new_tokens": 8, "certify": "off"},
     "evaluate": {"adapter": "latest:finetune", "examples": 24, "max_new_tokens": 8, "slices": "answer_length,group", "price_per_hour": 1.5},
     "behaviour": {"adapter": "latest:finetune", "examples": 12, "max_new_tokens": 8, "resamples": 200},
+    "compare": {"resamples": 200},
+    "bench_statistics": {"simulations": 20, "resamples": 100},
     "prompt": {"data": "latest:prepare", "examples": 24, "generated": 4, "resamples": 200, "max_new_tokens": 8},
     "search_prompt": {"data": "latest:prepare", "budget": 300, "counts": "0", "resamples": 200},
     "bench_prepare": {"rows": 2000, "sample": 100, "processes": 1},

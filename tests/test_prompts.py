@@ -5,8 +5,9 @@ from llmops_kit.data.docstrings import INSTRUCTION
 from llmops_kit.data.prompts import PromptTemplate, bundled_templates, with_shots
 from llmops_kit.data.shots import ShotPool, apply, fitting_templates, select_shots, shots_of, variables_of
 from llmops_kit.evaluation.prompt_search import candidates, halves, search_prompts, successive_halving
-from llmops_kit.evaluation.prompting import PromptScorer, by_group, compare_prompts, score_answers, spread_rows
+from llmops_kit.evaluation.prompting import PromptScorer, compare_prompts, score_answers, spread_rows
 from llmops_kit.evaluation.scoring import Scores, score
+from llmops_kit.evaluation.statistics import by_group
 from llmops_kit.runs.artifacts import sha256_of
 from llmops_kit.runs.errors import UserError
 

@@ -86,10 +86,10 @@ def interval_picture(comparison:Comparison)->Picture:
 # %% ../../nbs/evaluation/report.ipynb #5a92eeed
 def prediction_rows(rows, comparison:Comparison)->list[dict]: # id, prompt, reference, and each model's answer and scores
     "One row per example."
-    table = [{"id": row["id"], "prompt": "\n\n".join(m["content"] for m in row["messages"][:-1]), "reference": reference}
+    table = [{"id": row["id"], **({"group": row["group"]} if "group" in row else {}), "prompt": "\n\n".join(m["content"] for m in row["messages"][:-1]), "reference": reference}
              for row, reference in zip(rows, comparison.tuned.references)]
     for label, e in comparison.models.items():
-        each = {name: e.metrics[name].each for name in ("loss", "rouge_l", "exact_match")}
+        each = {name: e.metrics[name].each for name in ("loss", "rouge_l", "exact_match")} | dict(zip(("nll", "tokens"), e.metrics["loss"].statistics.T))
         for i, line in enumerate(table): line |= {label: e.texts[i]} | {f"{label}_{name}": float(v[i]) for name, v in each.items()}
     return table
 

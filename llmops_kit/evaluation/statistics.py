@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['resample_counts', 'resampled_values', 'Interval', 'percentile_interval', 'bootstrap_interval', 'wilson_interval',
-           'metric_interval', 'check_paired', 'matched_difference', 'paired_difference', 'verdict']
+           'metric_interval', 'by_group', 'check_paired', 'matched_difference', 'paired_difference', 'verdict']
 
 # %% ../../nbs/evaluation/statistics.ipynb #dcf7d308
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterator
 import numpy as np
 from .metrics import Metric
@@ -73,6 +73,17 @@ def metric_interval(metric:Metric, resamples:int=2000, confidence:float=0.95, se
     "A metric with its interval: Wilson's for a share of right answers, else the bootstrap's."
     return wilson_interval(metric, confidence) if metric.proportion else bootstrap_interval(metric, resamples, confidence, seed)
 
+# %% ../../nbs/evaluation/statistics.ipynb #88a1f754
+def by_group(metric:Metric,
+             groups:list[str], # of each of its examples
+             )->Metric:        # the same value; its ids are the groups
+    "A metric whose units are groups, so that the bootstrap draws groups."
+    names = sorted(set(groups))
+    if len(names) < 2: raise UserError(f"All {len(groups)} examples are of the group {names[0]!r}, and one group says nothing of others. Take more examples, or prepare the data with another group column.")
+    sums, at = np.zeros((len(names), metric.statistics.shape[1])), {name: n for n, name in enumerate(names)}
+    np.add.at(sums, [at[g] for g in groups], metric.statistics)
+    return replace(metric, ids=names, statistics=sums, proportion=False) # a group is not right or wrong
+
 # %% ../../nbs/evaluation/statistics.ipynb #b1a40d1a
 def check_paired(base:Metric, tuned:Metric)->None:
     "Refuse two metrics that are not of the same examples in the same order."
@@ -98,9 +109,15 @@ def matched_difference(base:Metric, tuned:Metric, confidence:float=0.95)->Interv
 def paired_difference(base:Metric,   # the model to compare with
                       tuned:Metric,  # the same metric on the same examples
                       resamples:int=2000, confidence:float=0.95, seed:int=0,
+                      groups:list[str]|None=None, # of each example, where examples that belong together are no separate facts
                       )->Interval:   # of tuned minus base
-    "The difference of two models: over the same resamples of the examples, or by `matched_difference` for shares of right answers."
+    "The difference of two models: over the same resamples of the examples or groups, or by `matched_difference` for shares of right answers."
     check_paired(base, tuned)
+    if groups is not None:
+        drawn = paired_difference(by_group(base, groups), by_group(tuned, groups), resamples, confidence, seed)
+        if not base.proportion: return drawn
+        alone = matched_difference(base, tuned, confidence) # what the bootstrap does not see, see above
+        return Interval(drawn.value, min(drawn.low, alone.low), max(drawn.high, alone.high))
     if base.proportion: return matched_difference(base, tuned, confidence)
     change = resampled_values(tuned, resamples, seed) - resampled_values(base, resamples, seed)
     return percentile_interval(tuned.value - base.value, change, len(base.ids), confidence)

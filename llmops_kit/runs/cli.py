@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['estimators', 'jobs_command', 'run_command', 'estimate_command', 'runs_command', 'show_command', 'resume_command',
-           'replay_command', 'diff_command', 'demo_command', 'parser', 'main']
+           'replay_command', 'diff_command', 'gate_command', 'demo_command', 'parser', 'main']
 
 # %% ../../nbs/runs/cli.ipynb #c56cb72a
 import argparse, json, os, sys
@@ -113,11 +113,28 @@ def replay_command(arguments):
 
 def diff_command(arguments):
     "What differs between two runs."
-    from llmops_kit.runs.replay import diff
-    found = diff(arguments.first, arguments.second)
+    from importlib import import_module
+    from llmops_kit.runs.ledger import read_record, resolve_run
+    from llmops_kit.runs.replay import Difference, diff
+    found, ids = diff(arguments.first, arguments.second), [resolve_run(o) for o in (arguments.first, arguments.second)]
+    if all(any(o["kind"] == "predictions" for o in read_record(id)["outputs"]) for id in ids): # the statistics take a second to load
+        verdicts = import_module("llmops_kit.evaluation.paired_runs").verdict_lines(*ids)
+        found += [Difference("verdict", f"{k} of the second, {told}", a, b) for k, (a, b, told) in verdicts.items()]
     if arguments.json: _print_json([vars(o) for o in found])
     else: print("\n".join(map(str, found)) or "The two runs differ in nothing.")
     return 0
+
+# %% ../../nbs/runs/cli.ipynb #7323cd4d
+def gate_command(arguments):
+    "Does a run meet a policy? Exit code 0: yes, 1: blocked, 2: a wrong call."
+    from importlib import import_module
+    found = import_module("llmops_kit.evaluation.gate").gate(arguments.run, arguments.policy)
+    blocked = sum(not o["passed"] for o in found["rules"])
+    if arguments.json: _print_json(found)
+    else:
+        print(f"{'BLOCKED' if blocked else 'passed'}: {found['run']} meets {len(found['rules']) - blocked} of {len(found['rules'])} demands of {os.path.basename(found['policy'])}")
+        for o in found["rules"]: print(f"  {'passed ' if o['passed'] else 'BLOCKED'}  {o['rule']}: {o['reason']}")
+    return 1 if blocked else 0
 
 # %% ../../nbs/runs/cli.ipynb #3acacbbd
 _demo_next = """
@@ -190,6 +207,9 @@ def parser()->argparse.ArgumentParser: # every command with its help
     made = command("diff", diff_command)
     made.add_argument("first", metavar="run", help=run_help)
     made.add_argument("second", metavar="run", help="another one")
+    made = command("gate", gate_command)
+    made.add_argument("run", help=run_help)
+    made.add_argument("--policy", required=True, metavar="FILE", help="YAML file: rules with metric, slice, minimum, maximum, largest_loss, and the baseline run")
     command("demo", demo_command)
     return top
 

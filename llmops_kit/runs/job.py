@@ -32,10 +32,11 @@ def ended(record:dict)->dict: # the end, and the seconds since the start
     return {"finished": _now(), "seconds": round(sum(o["seconds"] for o in attempts) + time.time() - began, 3)}
 
 def resolve_references(values:dict, # parameters by name
-                       )->tuple[dict, dict]: # with `latest:JOB` replaced by the run's id, and what was replaced
+                       )->tuple[dict, dict]: # with `latest:JOB` replaced by the run's id, in lists with commas too, and what was replaced
     "Replace `latest:JOB`, which means another run tomorrow, by the run that it means now."
-    references = {k: v for k, v in values.items() if isinstance(v, str) and v.startswith("latest:")}
-    return values | {k: resolve_run(v) for k, v in references.items()}, references
+    parts = lambda v: [o.strip() for o in v.split(",")]
+    references = {k: v for k, v in values.items() if isinstance(v, str) and any(o.startswith("latest:") for o in parts(v))}
+    return values | {k: ",".join(resolve_run(o) if o.startswith("latest:") else o for o in parts(v)) for k, v in references.items()}, references
 
 def first_record(job:str,              # its name
                  parameters:dict,      # the declared parameters by name
