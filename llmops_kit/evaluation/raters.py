@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['kappa_of_sums', 'cohen_kappa', 'agreement_interval', 'alpha_of_sums', 'krippendorff_alpha', 'majority', 'WinRate',
-           'win_rate', 'left_rate']
+           'win_rate', 'win_picture', 'left_rate']
 
 # %% ../../nbs/evaluation/raters.ipynb #356ad8f5
 from collections import Counter
 from dataclasses import dataclass
 import numpy as np
 from .metrics import Metric, mean_metric
+from .report import colours
 from .statistics import Interval, bootstrap_interval, percentile_interval, resampled_values, wilson_interval
 from ..runs.errors import UserError
+from ..training.plots import Picture
 
 # %% ../../nbs/evaluation/raters.ipynb #0800a460
 def _one_hot(labels, categories):
@@ -119,6 +121,31 @@ def win_rate(outcomes:dict[str, str],    # item -> a model or "tie"
     rate = wilson_interval(mean_metric("win_rate", decided, [outcomes[i] == model for i in decided], proportion=True)) if decided else None
     scores = mean_metric("preference", outcomes, [{model: 1, "tie": 0.5, against: 0}[o] for o in outcomes.values()])
     return WinRate(model, against, counts[model], counts[against], counts["tie"], rate, bootstrap_interval(scores, resamples, seed=seed) if len(outcomes) > 1 else None)
+
+# %% ../../nbs/evaluation/raters.ipynb #0ee13e66
+def win_picture(rates:dict[str, WinRate], # rater -> what they prefer; all of the same two models
+                )->Picture:
+    "Wins, ties and losses of each rater, and the win rate against one half."
+    from matplotlib.figure import Figure
+    first = next(iter(rates.values()))
+    figure = Figure(figsize=(8.4, 0.42*len(rates) + 1.3), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for y, w in enumerate(rates.values()):
+        at = 0
+        for n, colour, text in (w.wins, colours["better"], f"{first.model} wins"), (w.ties, "#d0d0d0", "tie"), (w.losses, colours["worse"], f"{first.against} wins"):
+            left.barh(y, n, left=at, height=0.6, color=colour, label=text if y == 0 else None)
+            at += n
+        if w.rate:
+            right.plot([w.rate.low, w.rate.high], [y, y], color=colours[w.verdict], linewidth=2, solid_capstyle="butt")
+            right.plot(w.rate.value, y, "o", color=colours[w.verdict], markersize=5)
+        right.text(1.02, y, w.verdict, transform=right.get_yaxis_transform(), va="center", fontsize=9, color=colours[w.verdict])
+    right.axvline(0.5, color="black", linewidth=0.8)
+    left.set(yticks=range(len(rates)), yticklabels=list(rates), xlabel="pairs")
+    right.set(xlim=(0, 1), xlabel=f"win rate of {first.model}, 95 % interval")
+    left.invert_yaxis()
+    for axes in (left, right): axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=8)
+    return Picture(figure, "; ".join(f"{name}: {w}" for name, w in rates.items()))
 
 # %% ../../nbs/evaluation/raters.ipynb #2c0f07e0
 def left_rate(ids:list[str], picked_left:list[bool])->Interval|None: # of the decided pairs; None without any
