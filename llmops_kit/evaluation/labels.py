@@ -75,14 +75,14 @@ class Labels:
         done = {e["pair"] for e in self.given(rater)}
         return next((row for row in self.pairs.rows if row["id"] not in done), None)
 
-    def give(self, rater:str, id:str, label:str)->dict: # the line as it was written
-        "Write an answer down."
+    def give(self, rater:str, id:str, label:str, at:datetime|None=None)->dict: # the line as it was written
+        "Write an answer down, given now or at another time."
         if not rater.strip(): raise UserError("A label needs the name of its rater. Set rater=….")
         if label not in CHOICES: raise UserError(f"A label is {', '.join(CHOICES)}, not {label!r}.")
         if id not in self.digests: raise UserError(f"There is no pair {id!r} among the {len(self.digests)} to label.")
         left = left_model(self.pairs, id, rater, self.seed)
         winner = {"left": left, "right": right_model(self.pairs, left), "tie": "tie", "skip": None}[label]
-        return self._write({"rater": rater, "pair": id, "label": label, "left": left, "winner": winner})
+        return self._write({"rater": rater, "pair": id, "label": label, "left": left, "winner": winner}, at)
 
     def undo(self, rater:str)->str|None: # the pair that is open again
         "Take a rater's last answer back."
@@ -90,8 +90,8 @@ class Labels:
         if stack: self._write({"rater": rater, "pair": stack[-1]["pair"], "label": "undo"})
         return stack[-1]["pair"] if stack else None
 
-    def _write(self, event):
-        event = {"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "answers": self.digests[event["pair"]]} | event
+    def _write(self, event, at=None):
+        event = {"at": (at or datetime.now(timezone.utc)).isoformat(timespec="milliseconds"), "answers": self.digests[event["pair"]]} | event
         append_line(self.path, event)
         self.events.append(event)
         return event
@@ -140,11 +140,12 @@ def stand_in(labels:Labels,
              seed:int=0):
     "Answer every open pair by a score and noise."
     rng = random.Random(f"{seed} {rater}")
+    epoch = datetime.fromtimestamp(0, timezone.utc) # nobody was there, and a replay writes the same bytes
     while row := labels.next(rater):
         model = left_model(labels.pairs, row["id"], rater, labels.seed)
         gain = left + score(row, model) - score(row, right_model(labels.pairs, model)) + rng.gauss(0, noise*2**0.5)
         skipped = rng.random() < skip
-        labels.give(rater, row["id"], "skip" if skipped else "tie" if abs(gain) <= tie else "left" if gain > 0 else "right")
+        labels.give(rater, row["id"], "skip" if skipped else "tie" if abs(gain) <= tie else "left" if gain > 0 else "right", epoch)
 
 # %% ../../nbs/evaluation/labels.ipynb #36b2b9d3
 @dataclass
