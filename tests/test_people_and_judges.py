@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from conftest import llmops, run_command
+from test_jobs import check_wandb, check_whole
 
 from llmops_kit.evaluation.answers import AnswerPairs, choose_pairs, left_model, load_predictions, pair_up
 from llmops_kit.evaluation.judge import pair_questions, read_scores, read_verdicts, rubric_questions
@@ -89,6 +90,8 @@ def test_labels_train_a_preference(tmp_path):
     done = run_command("llmops", "run", "label", "-p", "predictions", given, "-p", "wandb", "off", env=env)
     assert done.returncode == 1 and "nobody to click" in done.stderr and "Traceback" not in done.stderr
     label = json.loads(llmops("run", "label", "-p", "predictions", given, "-p", "labels", "stand-in", "-p", "pairs", "36", "--json", env=env))
+    check_whole(label, tmp_path/"runs"/label["id"], {"predictions", "labels", "pairs"})
+    check_wandb(label, tmp_path/"runs"/label["id"])
     assert label["metrics"]["people/raters"] == 2 and label["metrics"]["people/win_rate/low"] > 0.5, "the stand-ins follow ROUGE-L, and the tuned answers have it"
     assert any("simulated" in o for o in label["warnings"])
     prefer = json.loads(llmops("run", "prefer", "-p", "data", "latest:label", "-p", "max_steps", "2", "-p", "validation_examples", "4", "-p", "test_examples", "8", "-p", "eval_every", "2",
@@ -222,8 +225,10 @@ def test_the_job_with_an_endpoint_and_people(tmp_path, monkeypatch):
     for name in ("ada", "ben"): stand_in(people, name, lambda row, m: 0.5*(m == "tuned"))
     with Server(fair(right=1)) as server:
         record = json.loads(llmops("run", "judge", "-p", "predictions", given, "-p", "judge", "stand-in", "-p", "base_url", server.url, "-p", "auth_variable", "JUDGE_API_KEY", "-p", "method", "pairs",
-                                   "-p", "pairs", "12", "-p", "labels", people.path, "-p", "max_calls", "23", "-p", "price_in", "1", "-p", "wandb", "off", "--json", env=env))
+                                   "-p", "pairs", "12", "-p", "labels", people.path, "-p", "max_calls", "23", "-p", "price_in", "1", "--json", env=env))
     assert set(server.keys) == {f"Bearer {key}"} and len(server.seen) == 23
+    check_whole(record, tmp_path/"runs"/record["id"], {"predictions", "judge", "base_url", "auth_variable", "method", "pairs", "labels", "max_calls", "price_in"})
+    check_wandb(record, tmp_path/"runs"/record["id"])
     metrics = record["metrics"]
     assert (metrics["judge/wins"], metrics["judge/open"], metrics["questions/not_asked"]) == (11, 1, 1) and metrics["cost/price"] == pytest.approx(23*200/1e6)
     assert metrics["people/same"] > 0.8 and any("1 of 24 questions were not asked: the bound of 23 calls" in o for o in record["warnings"])
