@@ -6,7 +6,8 @@
 __all__ = ['KEYS', 'typed', 'pair_html', 'PairView', 'LabellingPage']
 
 # %% ../../nbs/evaluation/labelling.ipynb #e5af7eaa
-from html import escape
+import re
+from html import escape, unescape
 from .answers import left_model, right_model
 from .labels import Labels
 
@@ -30,12 +31,13 @@ def pair_html(labels:Labels, rater:str, row:dict)->tuple[str, str, str]: # promp
     texts = [row["prompt"], *(row["answers"][m] for m in (left, right_model(labels.pairs, left)))]
     return tuple(_text(*o) for o in zip(("Prompt", "Left", "Right"), texts, ("18em", "14em", "14em")))
 
-class PairView(str):
+class PairView:
     "The first pair of a rater, for a page that nobody clicks on."
-    def __new__(cls, labels:Labels, rater:str):
-        prompt, left, right = pair_html(labels, rater, labels.pairs.rows[0])
-        return super().__new__(cls, f'{prompt}<div style="display:flex;gap:8px"><div style="width:50%">{left}</div><div style="width:50%">{right}</div></div>')
-    def _repr_html_(self): return str(self)
+    def __init__(self, labels:Labels, rater:str): self.parts = pair_html(labels, rater, labels.pairs.rows[0])
+    def __repr__(self): return "\n".join(unescape(re.sub("<[^>]*>", " ", o)).strip() for o in self.parts)
+    def _repr_html_(self):
+        prompt, left, right = self.parts
+        return f'{prompt}<div style="display:flex;gap:8px"><div style="width:50%">{left}</div><div style="width:50%">{right}</div></div>'
 
 class LabellingPage:
     "Pair after pair, for one rater; every answer is on the disk before the next pair is shown."

@@ -50,9 +50,9 @@ class Labels:
                  pairs:AnswerPairs, # in the order in which they are shown
                  seed:int=0,        # of the sides
                 ):
-        self.path, self.pairs, self.seed, self.torn = Path(path), pairs, seed, 0
+        self.path, self.pairs, self.seed = Path(path), pairs, seed
         self.digests = {row["id"]: answers_digest(row) for row in pairs.rows}
-        rows, self.torn = read_lines(path) if self.path.exists() else ([], 0)
+        rows = read_lines(path)[0] if self.path.exists() else []
         for row in rows: _check_line(row, self.path)
         self.events = [row for row in rows if row["answers"] == self.digests.get(row["pair"])]
         self.others = len(rows) - len(self.events) # lines about other pairs, or other answers
