@@ -91,7 +91,8 @@ def read_verdicts(pairs:AnswerPairs, replies:Replies, resamples:int=2000, seed:i
     found.win = win_rate(found.ties, pairs.models, resamples, seed)
     if outcomes:
         share = lambda name, of: mean_metric(name, list(outcomes), of, proportion=True)
-        found.bias = matched_difference(share("second", [o < 0 for o in leaning]), share("first", [o > 0 for o in leaning]))
+        bias = matched_difference(share("second", [o < 0 for o in leaning]), share("first", [o > 0 for o in leaning]))
+        found.bias = Interval(bias.value, max(-1, bias.low), min(1, bias.high)) # with few pairs it would reach beyond
         found.consistent = wilson_interval(share("consistent", [o != "inconsistent" for o in outcomes.values()]))
     return found
 
