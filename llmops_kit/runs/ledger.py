@@ -187,14 +187,15 @@ def resolve_run(ref:str, # an id, a unique beginning or ending of one, or `lates
 
 # %% ../../nbs/runs/ledger.ipynb #d5e2b538
 def find_output(ref:str,  # a run
-                kind:str, # dataset, model, adapter or predictions
+                kind:str, # dataset, model, adapter, predictions or file
+                name:str="", # of the output, where a run makes several of a kind
                 )->Artifact: # with the path where it lies now
     "The last output of a kind that a run saved, its content checked against the record."
     record = read_record(resolve_run(ref))
-    found = [o for o in record["outputs"] if o["kind"] == kind]
+    found = [o for o in record["outputs"] if o["kind"] == kind and name in ("", o["name"])]
     if not found:
         made = ", ".join(f"{o['name']} ({o['kind']})" for o in record["outputs"]) or "nothing"
-        raise UserError(f"Run {record['id']} made no {kind}; it made {made}. Name a run of a job that makes one.")
+        raise UserError(f"Run {record['id']} made no {name or kind}; it made {made}. Name a run of a job that makes one.")
     output = found[-1]
     path = run_folder(record["id"])/output["path"]
     if not path.exists(): raise UserError(f"{path} is gone. Make it again: `llmops replay {record['id']}`.")
