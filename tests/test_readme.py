@@ -1,6 +1,6 @@
 "Every command that README.md and CONTRIBUTING.md show is one that exists, with parameters that exist; every link leads somewhere."
 import ast, re, shlex
-import pytest
+import pytest, yaml
 from conftest import PROJECT, checked
 from llmops_kit.runs.catalog import load_job
 from llmops_kit.runs.cli import parser
@@ -46,7 +46,7 @@ def check_files(words): assert all((PROJECT/o).exists() for o in words if "/" in
 
 def check_activate(words): assert words == [".venv/bin/activate"]
 
-CHECKS = {"llmops": check_llmops, "make": check_make, "papermill": check_papermill, "source": check_activate,
+CHECKS = {"echo": lambda words: yaml.safe_load(words[0]), "llmops": check_llmops, "make": check_make, "papermill": check_papermill, "source": check_activate,
           "python": lambda words: ast.parse(words[1]), "pip": check_files, "pytest": check_files, "nbdev-test": check_files, "nbdev-bump-version": check_files}
 
 @pytest.mark.parametrize("path, command", [pytest.param(p, c, id=f"{p.stem}: {c[:60]}") for p in (README, CONTRIBUTING) for c in commands(p)])
