@@ -50,7 +50,7 @@ VERSION = 1 # of the engine: counted up when it computes something else
 
 def answer_keys(digests:dict,     # from `loaded_digests`
                 kind:str,         # likelihood or decoding
-                requests:list,    # (context, continuation), in token ids
+                requests:list,    # pairs of lists of numbers, such as (context, continuation) in token ids
                 tokenizer:str="", # its digest, where text decides what is computed
                 **settings,       # all else that decides the answer
                 )->list[str]:     # 64 hex digits each

@@ -46,21 +46,22 @@ def evaluate(lm:LanguageModel,
              resamples:int=2000,     # of the bootstrap
              seed:int=0,             # of the bootstrap
              on_progress=None,       # called with (done, total, text)
+             answers=None,           # an `Answers` of this model: known ones are not computed again
              )->Evaluation:
     "Every metric of a model on the examples."
     rows = list(rows)
     ids, references = [row["id"] for row in rows], [reference_of(row) for row in rows]
     check_pairs(ids, references, references) # before the minutes of work, not after
     def tell(offset): return on_progress and (lambda done, total, text: on_progress(done + offset, 2*total, text))
-    scores = score(lm, rows, on_progress=tell(0))
-    answers = generate(lm, rows, max_new_tokens, on_progress=tell(len(rows)))
-    metrics = likelihood_metrics(ids, scores.nll, scores.tokens) | text_metrics(ids, answers.texts, references)
-    p50, p95 = np.quantile(answers.latency, [0.5, 0.95])
-    return Evaluation(references, answers.texts, metrics,
+    scores = score(lm, rows, on_progress=tell(0), answers=answers)
+    said = generate(lm, rows, max_new_tokens, on_progress=tell(len(rows)), answers=answers)
+    metrics = likelihood_metrics(ids, scores.nll, scores.tokens) | text_metrics(ids, said.texts, references)
+    p50, p95 = np.quantile(said.latency, [0.5, 0.95])
+    return Evaluation(references, said.texts, metrics,
         {name: metric_interval(m, resamples, seed=seed) for name, m in metrics.items()},
-        dict(seconds=scores.seconds + answers.seconds, tokens_per_second=answers.tokens_per_second,
+        dict(seconds=scores.seconds + said.seconds, tokens_per_second=said.tokens_per_second,
              latency_p50_seconds=float(p50), latency_p95_seconds=float(p95)),
-        dict(examples=len(rows), truncated=max(scores.truncated, answers.truncated), cut=int((~answers.finished).sum())))
+        dict(examples=len(rows), truncated=max(scores.truncated, said.truncated), cut=int((~said.finished).sum())))
 
 # %% ../../nbs/evaluation/evaluate.ipynb #8245dc78
 @dataclass
