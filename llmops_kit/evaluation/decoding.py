@@ -129,7 +129,7 @@ def decode(lm:LanguageModel,
            ends:set[int],             # tokens that end an answer
            stops:list[str]=(),        # texts that end it
            precision:str="fp32",      # of the computation: fp32 or bf16
-           tokens_per_batch:int=8192, # prompts and answers of a batch, padding included
+           tokens_per_batch:int=16384, # prompts and answers of a batch, padding included
            answers=None,              # an `Answers` of this model: known ones are not computed again
            on_progress=None,          # called with (done, total, text)
            )->Decoded:

@@ -218,7 +218,7 @@ def _refuse_nan(model, requests, names, values):
 def log_likelihoods(lm:LanguageModel,
                     requests:list,             # each a `Masked`, or (context, continuation), in token ids
                     precision:str="fp32",      # of the computation: fp32 or bf16
-                    tokens_per_batch:int=4096, # size of a padded batch
+                    tokens_per_batch:int=1024, # size of a padded batch
                     answers=None,              # an `Answers` of this model: known ones are not computed again
                     on_progress=None,          # called with (done, total, text)
                     names:list[str]|None=None, # what messages call the requests

@@ -26,12 +26,15 @@ def need_lm_eval():
 
 @contextmanager
 def quiet_harness():
-    "Without what the harness logs."
-    loggers = [logging.getLogger(o) for o in ("lm_eval", "datasets")]
-    levels = [o.level for o in loggers]
+    "Without what the harness logs, and without its progress bars: the engine has its own."
+    from tqdm import tqdm
+    loggers = [logging.getLogger(o) for o in ("lm_eval", "datasets", "transformers")]
+    levels, begin = [o.level for o in loggers], tqdm.__init__
     for o in loggers: o.setLevel(logging.ERROR)
+    tqdm.__init__ = lambda self, *args, **kwargs: begin(self, *args, **kwargs | {"disable": True})
     try: yield
     finally:
+        tqdm.__init__ = begin
         for o, level in zip(loggers, levels): o.setLevel(level)
 
 @cache

@@ -12,19 +12,17 @@ import torch
 # %% ../../nbs/evaluation/prefix_tree.ipynb #404e0d1d
 class PrefixTree:
     "Token sequences, in sorted order, each shared beginning once."
-    def __init__(self): self.ids, self.depth, self.spans, self.paths = [], [], [], []
+    def __init__(self): self.ids, self.depth, self.spans, self.paths, self.last = [], [], [], [], np.arange(0)
 
     def shared(self, ids:np.ndarray)->int:
         "How many first tokens a sequence has in common with the one added last."
-        if not self.paths: return 0
-        last = np.asarray(self.ids)[self.paths[-1]]
-        n = min(len(last), len(ids))
-        different = np.flatnonzero(last[:n] != ids[:n])
+        n = min(len(self.last), len(ids))
+        different = np.flatnonzero(self.last[:n] != ids[:n])
         return int(different[0]) if len(different) else n
 
     def add(self, ids:np.ndarray):
         "Put a sequence in; `paths` gets the place of each of its tokens."
-        n, start = self.shared(ids), len(self.ids)
+        n, start, self.last = self.shared(ids), len(self.ids), ids
         above = self.paths[-1][:n] if n else np.arange(0)
         self.ids += ids[n:].tolist()
         self.depth += range(n, len(ids))

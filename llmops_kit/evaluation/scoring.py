@@ -45,7 +45,7 @@ def _render_row(lm, row):
 def score_rendered(lm:LanguageModel,
                    rows:list[dict],           # with `id`
                    rendered:list,             # of each row, the mask on what is to be scored
-                   tokens_per_batch:int=4096, # size of a padded batch
+                   tokens_per_batch:int=1024, # size of a padded batch
                    on_progress=None,          # called with (done, total, text)
                    precision:str="fp32",      # of the computation: fp32 or bf16
                    answers=None,              # an `Answers` of this model: known ones are not computed again
@@ -57,7 +57,7 @@ def score_rendered(lm:LanguageModel,
 
 def score(lm:LanguageModel,
           rows,                      # with `id` and `messages`, the last by the assistant
-          tokens_per_batch:int=4096, # size of a padded batch
+          tokens_per_batch:int=1024, # size of a padded batch
           on_progress=None,          # called with (done, total, text)
           precision:str="fp32",      # of the computation: fp32 or bf16
           answers=None,              # an `Answers` of this model: known ones are not computed again
@@ -90,7 +90,7 @@ def end_tokens(lm:LanguageModel)->set[int]: # usually one, but some models have 
 def generate(lm:LanguageModel,
              rows,                      # with `id` and `messages`; a last turn by the assistant is not shown to the model
              max_new_tokens:int=64,     # longer answers are cut there
-             tokens_per_batch:int=4096, # prompts and answers of a batch, padding included
+             tokens_per_batch:int=16384, # prompts and answers of a batch, padding included
              on_progress=None,          # called with (done, total, text)
              precision:str="fp32",      # of the computation: fp32 or bf16
              answers=None,              # an `Answers` of this model: known ones are not computed again
