@@ -97,9 +97,9 @@ SCORED, ANSWERED = (siblings_seen, place_for_position, prefix_of_another, head_o
 @pytest.mark.parametrize("plant", SCORED + ANSWERED)
 def test_planted_bugs_fail(plant, monkeypatch):
     lm = family("gpt2" if plant is positions_count_padding else "llama")
-    if plant is cache_not_selected: # some answers end before others
-        lm, monkeypatch_ends = replace(lm, tokenizer=deepcopy(lm.tokenizer)), [decoding.plain_decode(lm.model, c, 6, set())[2] for c in contexts(3)]
-        lm.tokenizer.eos_token_id = monkeypatch_ends[0]
+    if plant is cache_not_selected: # the longest prompt, which is the first row, ends before others
+        lm = replace(lm, tokenizer=deepcopy(lm.tokenizer))
+        lm.tokenizer.eos_token_id = decoding.plain_decode(lm.model, contexts(3)[-1], 6, set())[1]
         assert batch_invariance(lm, contexts(3)).passed
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_differs", lambda *args: 0.) # the engine would notice by itself, and not use what is broken
@@ -136,7 +136,7 @@ def test_cache_certificate(lost, monkeypatch, tmp_path):
     if lost is None:
         digests = loaded_digests(tuned)
         assert digests["weights"] != "" and loaded_digests(base)["adapter"] == ""
-        module = next(m for m in tuned.model.modules() if getattr(m, "scaling", None))
+        module = next(m for m in tuned.model.modules() if isinstance(getattr(m, "scaling", None), dict))
         module.scaling["default"] *= 2
         assert loaded_digests(tuned)["adapter"] != digests["adapter"], "the scaling is part of an adapter"
 
@@ -205,7 +205,7 @@ def test_lm_eval_gives_its_own_numbers():
 @pytest.mark.parametrize("documents, changes, message", [
     ([{"question": "Grass is", "answer": "green"}], {"doc_to_txt": "x"}, "doc_to_txt.*Did you mean doc_to_text"),
     ([{"question": "Grass is", "answer": "purple"}], {}, "'purple', which is none of its 3 choices"),
-    ([{"question": "Grass is", "answer": 3}], {}, "3, which is none of its 3 choices"),
+    ([{"question": "Grass is", "answer": 3}], {}, "none of its choices"),
     ([{"question": "Grass is", "answer": "green"}], {"dataset_kwargs": {"data_files": {"test": "other.jsonl"}}}, "no such file"),
     ([{"question": "Grass is", "answer": "green"}], {"test_split": "testing"}, "does not load"),
 ])

@@ -10,7 +10,7 @@ __all__ = ['QUESTIONS', 'task_documents', 'tasks_folder', 'task_files', 'read_ta
 import random, re
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 from ..data.docstrings import python_functions
@@ -121,6 +121,11 @@ def check_labels(task, limit:int|None=None):
             else: fits = 0 <= int(o) < len(choices)
             if not fits: raise UserError(f"Document {n} of the task {task.config.task} has the answer {o!r}, which is none of its {len(choices)} choices: {str(choices)[:200]}. Correct it, or the task's doc_to_target and doc_to_choice.")
 
+@cache
+def _manager(all_of_them): # reading the index of lm-eval's own tasks takes seconds
+    from lm_eval.tasks import TaskManager
+    return TaskManager(include_defaults=all_of_them)
+
 def load_tasks(names:str,        # of the kit, of lm-eval, files, folders; commas between
                limit:int|None=None, # documents of each that are looked at
                )->list:          # what `lm_eval.simple_evaluate` takes as `tasks`
@@ -137,13 +142,13 @@ def load_tasks(names:str,        # of the kit, of lm-eval, files, folders; comma
             if isinstance(settings["task"], list) or "class" in settings: raise UserError(f"{o} is a group of tasks or one in Python. Give the files of its tasks.")
             settings.pop("group", None)
             try: task = ConfigurableTask(config=settings)
+            except IndexError: raise UserError(f"The first document of the task {settings['task']} has an answer that is none of its choices. Correct it, or the task's doc_to_target and doc_to_choice.") from None
             except (KeyError, ValueError, TypeError, AssertionError, FileNotFoundError, OSError, NotImplementedError) as e:
                 raise UserError(f"The task {settings['task']} does not load: {type(e).__name__}: {str(e).strip().splitlines()[0][:300] if str(e).strip() else ''}. Correct {o}.") from e
             check_labels(task, limit)
             found.append(task)
         if own:
-            from lm_eval.tasks import TaskManager
-            manager = TaskManager()
+            manager = _manager(True)
             for name in own:
                 if not manager.match_tasks([name]): raise UserError(f"There is no task {name}.{nearest(name, [*QUESTIONS, *manager.all_tasks])} Give a name of the kit's ({', '.join(QUESTIONS)}) or of lm-eval's, or a path.")
             found += own
@@ -171,7 +176,7 @@ def run_tasks(lm,                      # from `harness_lm`, or any other `LM`
     "lm-eval's numbers."
     from lm_eval import simple_evaluate
     with quiet_harness():
-        found = simple_evaluate(model=lm, tasks=tasks, num_fewshot=shots, limit=limit, bootstrap_iters=1000, log_samples=True, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed)
+        found = simple_evaluate(task_manager=_manager(any(isinstance(t, str) for t in tasks)), model=lm, tasks=tasks, num_fewshot=shots, limit=limit, bootstrap_iters=1000, log_samples=True, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed)
     rows = []
     for task, values in found["results"].items():
         for key, value in values.items():
