@@ -143,7 +143,7 @@ def scoring_path(lm:LanguageModel,
         yield path
 
 # %% ../../nbs/evaluation/engine.ipynb #77dfc966
-positions_at_once = 128 # whose logits are in memory
+positions_at_once = 64 # whose logits are in memory
 
 def picked_log_probabilities(path:Path,
                              hidden:torch.Tensor,   # (positions, width)
