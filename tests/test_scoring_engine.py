@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import llmops_kit.evaluation.answers as answers_module
+import llmops_kit.evaluation.answer_store as answers_module
 import llmops_kit.evaluation.decoding as decoding
 import llmops_kit.evaluation.engine as engine
-from llmops_kit.evaluation.answers import Answers, loaded_digests
+from llmops_kit.evaluation.answer_store import Answers, loaded_digests
 from llmops_kit.evaluation.batch_invariance import batch_invariance, cache_certificate
 from llmops_kit.evaluation.decoding import Room, decode
 from llmops_kit.evaluation.engine import log_likelihoods, plain_log_likelihood

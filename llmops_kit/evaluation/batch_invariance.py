@@ -11,7 +11,7 @@ import math, random, time
 import numpy as np
 import torch
 
-from .answers import Answers
+from .answer_store import Answers
 from .decoding import decode, plain_decode
 from .engine import Request, log_likelihoods, plain_log_likelihood
 from ..models.load import LanguageModel
