@@ -10,5 +10,5 @@ setup(
     packages=[*find_packages(include=["llmops_kit*"]), "llmops_kit.jobs"],
     package_dir={"llmops_kit.jobs": "nbs/jobs"},  # the jobs travel in the wheel without a second copy
     package_data={"llmops_kit.jobs": ["*.ipynb"], "llmops_kit.models": ["tiny/*", "tiny_run/*"], "llmops_kit.data": ["templates/*.md"],
-                  "llmops_kit.evaluation": ["probes/*.jsonl"]},
+                  "llmops_kit.evaluation": ["probes/*.jsonl", "tasks/*.yaml"]},
 )

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from llmops_kit.evaluation import scoring
 from llmops_kit.evaluation.evaluate import Evaluation, compare, evaluate, trained_on
 from llmops_kit.evaluation.metrics import bleu_of_sums, bleu_statistics, exact_match, likelihood_metrics, mean_metric, perplexity, text_metrics
 from llmops_kit.evaluation.report import prediction_rows, verdict_text
@@ -155,30 +154,6 @@ def test_batch_size_and_order_change_nothing(tiny, family):
     assert score(lm, shuffled).nll.tolist() == score(lm, rows).nll[order].tolist()  # bit for bit
     texts = generate(lm, rows, 12).texts
     assert generate(lm, shuffled, 12).texts == [texts[i] for i in order]
-
-
-def test_planted_bugs_are_caught(tiny, monkeypatch):
-    rows, pad, collate = conversations(), scoring.left_pad, scoring.collate
-    def padding_attended(*args, **kwargs):
-        batch = pad(*args, **kwargs)
-        return batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
-    def padding_counted(*args, **kwargs):
-        batch = pad(*args, **kwargs)
-        return batch | {"position_ids": torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])}
-    def padded_left(rows, pad_token_id):
-        width = max(len(o["ids"]) for o in rows)
-        ahead = [width - len(o["ids"]) for o in rows]
-        batch = collate([dict(ids=[pad_token_id]*n + o["ids"], mask=[False]*n + o["mask"]) for n, o in zip(ahead, rows)], pad_token_id)
-        return batch
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "left_pad", padding_attended)
-        assert same_in_company(small_model(tiny), rows) == (True, False)
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "left_pad", padding_counted)
-        assert same_in_company(small_model(tiny, "gpt2"), rows) == (True, False)
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "collate", padded_left)
-        assert same_in_company(small_model(tiny), rows) == (False, True)
 
 
 def test_an_adapter_that_is_switched_off_is_the_base(tiny):

@@ -49,22 +49,23 @@ def evaluate(lm:LanguageModel,
              on_progress=None,       # called with (done, total, text)
              price_per_hour:float=0.0, # of the machine; 0: no price per example
              embedder:LanguageModel|None=None, # a model for `embedding_similarity`; none: without it
+             answers=None,           # an `Answers` of this model: known ones are not computed again
              )->Evaluation:
     "Every metric of a model on the examples."
     rows = list(rows)
     ids, references = [row["id"] for row in rows], [reference_of(row) for row in rows]
     check_pairs(ids, references, references) # before the minutes of work, not after
     def tell(offset): return on_progress and (lambda done, total, text: on_progress(done + offset, 2*total, text))
-    scores = score(lm, rows, on_progress=tell(0))
-    answers = generate(lm, rows, max_new_tokens, on_progress=tell(len(rows)))
-    metrics = likelihood_metrics(ids, scores.nll, scores.tokens, references) | text_metrics(ids, answers.texts, references)
+    scores = score(lm, rows, on_progress=tell(0), answers=answers)
+    said = generate(lm, rows, max_new_tokens, on_progress=tell(len(rows)), answers=answers)
+    metrics = likelihood_metrics(ids, scores.nll, scores.tokens, references) | text_metrics(ids, said.texts, references)
     if embedder:
-        metrics["embedding_similarity"] = mean_metric("embedding_similarity", ids, embedding_similarity(embedder, answers.texts, references),
+        metrics["embedding_similarity"] = mean_metric("embedding_similarity", ids, embedding_similarity(embedder, said.texts, references),
                                                       signature=f"cosine of mean last hidden states of {embedder.name}, {embedder.artifact.sha256[:12]}")
-    return Evaluation(references, answers.texts, metrics,
+    return Evaluation(references, said.texts, metrics,
         {name: metric_interval(m, resamples, seed=seed) for name, m in metrics.items()},
-        cost_of(answers, scores.seconds, price_per_hour, resamples, seed),
-        dict(examples=len(rows), truncated=max(scores.truncated, answers.truncated), cut=int((~answers.finished).sum())))
+        cost_of(said, scores.seconds, price_per_hour, resamples, seed),
+        dict(examples=len(rows), truncated=max(scores.truncated, said.truncated), cut=int((~said.finished).sum())))
 
 # %% ../../nbs/evaluation/evaluate.ipynb #8245dc78
 @dataclass
