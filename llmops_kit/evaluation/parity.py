@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 import torch
+from . import scoring
 from .scoring import end_tokens, generate, score
 from ..models.chat import render_row
 from ..models.load import LanguageModel
@@ -177,10 +178,21 @@ def _untrained(server, lm, row):
     answer = len(server.ids(messages, tools)) - len(server.ids(messages[:-1], tools, prompt=True))
     if answer < lm.max_length // 2: raise _Found("answer", "No token of an answer is trained, so the trainer leaves the example out. Put the generation markers of the chat template around what the assistant writes.")
 
+class _Asked(Exception): pass
+
+def _asked(name, call, *args): # what a program asks the scoring engine, before anything is computed
+    plain = getattr(scoring, name)
+    def tell(lm, requests, *args, **kwargs): raise _Asked(requests)
+    setattr(scoring, name, tell)
+    try: call(*args)
+    except _Asked as told: return told.args[0]
+    finally: setattr(scoring, name, plain)
+
 def _evaluated(server, lm, row, trained):
-    (ids, mask), listener = trained, lm.model
-    if listener.heard(score, lm, [row]) != [(ids, mask)]: raise _Found("evaluator", "The evaluator scores other tokens than are trained. Render with llmops_kit.models.chat.render_row in both.")
-    (asked, _), = listener.heard(generate, lm, [row], 1)
+    ids, mask = trained
+    request, = _asked("log_likelihoods", score, lm, [row])
+    if (request.ids, [False, *request.mask[1:]]) != (ids, mask): raise _Found("evaluator", "The evaluator scores other tokens than are trained. Render with llmops_kit.models.chat.render_row in both.")
+    asked, = _asked("decode", generate, lm, [row], 1)
     served = server.ids(row["messages"][:-1], row.get("tools") or None, prompt=True)
     if asked != served and (len(served) < lm.max_length or not _is_cut(asked, served)): raise _Found("evaluator", "The evaluator generates from another prompt than is served. Use llmops_kit.models.chat.render_prompt with the same tools.")
 
