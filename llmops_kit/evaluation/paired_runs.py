@@ -31,7 +31,7 @@ class SavedModel:
 
 def saved_rows(run:str)->list[dict]: # id of a run
     "The prediction rows of an evaluation, sorted by id."
-    rows = [json.loads(o) for o in open(find_output(run, "predictions").path, encoding="utf-8")]
+    rows = [json.loads(o) for o in open(find_output(run, "predictions", "predictions.jsonl").path, encoding="utf-8")]
     if not rows or "id" not in rows[0] or not ({"reference", "predicted"} & set(rows[0])):
         raise UserError(f"Run {run} saved no answers beside their references, so there is nothing to compare. Name runs of evaluate or classify.")
     if len({o["id"] for o in rows}) < len(rows): raise UserError(f"Run {run} has several examples of one id, so they cannot be paired. Give each its own id and evaluate again.")
