@@ -186,7 +186,7 @@ def test_saved_metrics_are_those_that_were_measured(ledger):
     "Any order of the file; each metric as `evaluate` computes it."
     model = saved_model(ledger("one", 0.4, 1))
     texts = text_metrics(model.ids, [o["model"] for o in model.rows], [o["reference"] for o in model.rows])
-    assert model.ids == sorted(model.ids) and set(model.metrics) == {"loss", "perplexity", *texts}
+    assert model.ids == sorted(model.ids) and set(model.metrics) == {"loss", "perplexity", "bits_per_byte", *texts}
     assert all(model.metrics[k].value == m.value for k, m in texts.items())
     assert set(saved_model(ledger("old", 0.4, 1, likelihood=False)).metrics) == set(texts)
 

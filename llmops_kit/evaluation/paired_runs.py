@@ -43,7 +43,7 @@ def saved_metrics(rows:list[dict],
     "The metrics of one model from its rows; loss and perplexity only where the run saved `nll` and `tokens`."
     ids = [o["id"] for o in rows]
     if "predicted" in rows[0]: return {"accuracy": mean_metric("accuracy", ids, [o["predicted"] == o["label"] for o in rows], proportion=True)}
-    likelihoods = likelihood_metrics(ids, [o[f"{label}_nll"] for o in rows], [o[f"{label}_tokens"] for o in rows]) if f"{label}_nll" in rows[0] else {}
+    likelihoods = likelihood_metrics(ids, [o[f"{label}_nll"] for o in rows], [o[f"{label}_tokens"] for o in rows], [o["reference"] for o in rows]) if f"{label}_nll" in rows[0] else {}
     return likelihoods | text_metrics(ids, [o[label] for o in rows], [o["reference"] for o in rows])
 
 def saved_model(ref:str,     # a run: an id, a unique part of one, or latest:evaluate
