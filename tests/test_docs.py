@@ -9,6 +9,7 @@ def test_without_quarto_make_docs_says_how_to_get_it():
     done = run_command("make", "-o", ".venv/.installed", "docs")
     assert done.returncode != 0 and "https://quarto.org/docs/get-started/" in done.stderr
 
+@pytest.mark.slow
 def test_every_page_is_ready_for_quarto(tmp_path):
     "Preparing a page runs its cells that export or import, each without the cells before it that do neither: so imports have cells of their own."
     tree, quarto = copy_of_tree(tmp_path/"tree"), tmp_path/"bin"/"quarto"

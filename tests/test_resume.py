@@ -217,6 +217,7 @@ def test_sigkill_and_resume(env, uninterrupted):
     assert told.returncode == 2 and "is finished" in told.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_names_the_way_on(env, uninterrupted):
     runs = Path(env["LLMOPS_RUNS"])
     before = set(runs.glob("*"))

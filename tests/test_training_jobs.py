@@ -33,7 +33,9 @@ def texts(tmp_path_factory):
     (folder/"texts.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows))
     return folder/"texts.jsonl"
 
-@pytest.mark.parametrize("name", SMALL)
+LONG = "finetune/dora", "finetune/full", "finetune/texts"
+
+@pytest.mark.parametrize("name", [pytest.param(o, marks=pytest.mark.slow) if o in LONG else o for o in SMALL])
 def test_it_runs_and_leaves_a_whole_record(name, env, runs, texts):
     values = SMALL[name] | ({"data": texts} if name == "finetune/texts" else {})
     record = json.loads(llmops("run", name.split("/")[0], *[str(o) for k, v in values.items() for o in ("-p", k, v)], "--json", env=env))

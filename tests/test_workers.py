@@ -151,7 +151,7 @@ t.in_workers(t.finetune, 2, lm, t.EXAMPLES, folder={folder!r} + "/run", on_log=l
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_when_the_notebook_goes_the_workers_go(tmp_path, how):
     parent = subprocess.Popen([sys.executable, "-c", PARENT.format(here=str(HERE), folder=str(tmp_path))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
