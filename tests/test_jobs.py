@@ -1,5 +1,5 @@
 "prepare, pretrain, finetune and evaluate at a small size, as a user runs them: the record, wandb, replay."
-import json, shutil
+import json, re, shutil
 from pathlib import Path
 import nbformat, pytest
 from conftest import PROJECT, llmops, run_command
@@ -98,6 +98,13 @@ def test_one_number_altered_by_hand_fails_the_replay(job, records, runs, env):
     done = run_command("llmops", "replay", records[job]["id"], env=env)
     path.write_text(honest)
     assert done.returncode == 1 and name in done.stdout and "changed after the run" in done.stdout
+
+@pytest.mark.parametrize("job", ["evaluate", "compare"])
+def test_a_report_is_one_file_with_the_verdict_first(job, records, env, tmp_path):
+    page = Path(llmops("report", records[job]["id"], "--output", tmp_path/"page.html", env=env).strip()).read_text()
+    at = [page.index(o) for o in ("better</em> and" if job == "compare" else "95 % interval of the paired difference", "data:image/png;base64,", "<summary>Numbers</summary>", 'id="code"')]
+    assert at == sorted(at)
+    assert not [o for o in re.findall(r'(?:src|href)="([^"]*)"', page) if not o.startswith(("data:", "#"))] and "<script" not in page
 
 def test_diff_names_what_was_changed(records, env):
     other = json.loads(llmops("run", "prepare", "-p", "limit", "300", "-p", "wandb", "off", "--json", env=env))

@@ -19,7 +19,7 @@ from .prefix_tree import prefix_trees, tree_batch
 from ..models.load import LanguageModel
 from ..runs.errors import UserError
 from ..training.batching import token_batches
-from ..training.hotpath import _only_there, _rotary, _swapped, _unasked, last_block, lora_forward, norm_forward, rotary_places
+from ..training.hotpath import _swapped, _unasked, kernels_in
 from ..training.loop import bf16_pays
 from ..training.loss import head_only_at
 
@@ -123,14 +123,7 @@ def scoring_path(lm:LanguageModel,
     with ExitStack() as always, torch.inference_mode():
         always.enter_context(_unasked())
         kernels = always.enter_context(ExitStack())
-        def put(kind, thing, name, value):
-            kernels.enter_context(_swapped(thing, name, value))
-            path.replaced[kind] = path.replaced.get(kind, 0) + 1
-        for kind, make in ("norm", norm_forward), ("adapter", lora_forward):
-            for module in inner.modules():
-                if forward := make(module): put(kind, module, "forward", forward)
-        for place in rotary_places(inner): put("rotary", place, "apply_rotary_pos_emb", _rotary(place.apply_rotary_pos_emb))
-        for module in last_block(inner): put("last block", module, "forward", _only_there(module, path))
+        path.replaced = kernels.enter_context(kernels_in(inner, path))
         path.difference = _differs(path, requests, wanted)
         if not path.difference <= tolerance:
             kernels.close()

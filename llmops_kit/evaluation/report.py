@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['labels', 'colours', 'Words', 'verdict_text', 'comparison_table', 'metric_rows', 'interval_picture', 'prediction_rows',
-           'pick', 'SideBySide', 'length_picture', 'cost_table']
+           'pick', 'SideBySide', 'length_picture', 'cost_table', 'trade_picture']
 
 # %% ../../nbs/evaluation/report.ipynb #4cde95c4
 import random
+from dataclasses import replace
 from html import escape
+import numpy as np
 from .evaluate import Comparison
-from .statistics import Interval
+from .statistics import Interval, metric_interval
 from ..runs.errors import UserError
 from ..training.plots import Picture
 
@@ -147,3 +149,34 @@ def cost_table(comparison:Comparison): # a pandas DataFrame, one row per model
     table = {label: {text: shown(e.cost, name) for name, text in names.items() if name in e.cost} | {"truncated prompts": e.counts["truncated"], "answers cut": e.counts["cut"]}
              for label, e in comparison.models.items()}
     return pd.DataFrame.from_dict(table, orient="index").astype({"truncated prompts": int, "answers cut": int})
+
+# %% ../../nbs/evaluation/report.ipynb #03ace281
+def _by_length(e, metric, resamples): # mean words, and the metric's interval, of the answers in four parts by length
+    words = np.array([len(t.split()) for t in e.texts])
+    edges = np.unique(np.quantile(words, [0.25, 0.5, 0.75]))
+    parts = [np.flatnonzero(np.searchsorted(edges, words, side="left") == n) for n in range(len(edges) + 1)]
+    m = e.metrics[metric]
+    return [(words[at].mean(), metric_interval(replace(m, ids=[m.ids[i] for i in at], statistics=m.statistics[at]), resamples)) for at in parts if len(at)]
+
+def trade_picture(comparison:Comparison,
+                  metric:str="rouge_l",
+                  resamples:int=2000,
+                  )->Picture:
+    "A metric against the length of the answers, and against what an answer costs."
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8.4, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    priced = "price_per_example" in comparison.tuned.cost
+    for label, e in comparison.models.items():
+        x, found = zip(*_by_length(e, metric, resamples))
+        left.errorbar(x, [i.value for i in found], [[i.value - i.low for i in found], [i.high - i.value for i in found]], fmt="o-", markersize=4, linewidth=1.2, color=colours[label], label=label)
+        i, cost = e.intervals[metric], e.cost["price_per_example"] if priced else e.cost["seconds"]/e.counts["examples"]
+        right.errorbar([cost], [i.value], [[i.value - i.low], [i.high - i.value]], fmt="o", color=colours[label])
+        right.annotate(label, (cost, i.value), xytext=(6, 4), textcoords="offset points", fontsize=9, color=colours[label])
+    left.set(xlabel="words per answer, in four parts", ylabel=labels.get(metric, metric))
+    right.set(xlabel="price per example" if priced else "seconds per example")
+    right.set_xlim(left=0)
+    right.margins(x=0.25)
+    for axes in (left, right): axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False)
+    return Picture(figure, f"{labels.get(metric, metric)} against words per answer and cost: " + "; ".join(f"{k} {e.intervals[metric]}" for k, e in comparison.models.items()))

@@ -104,7 +104,7 @@ def matched_difference(base:Metric, tuned:Metric, confidence:float=0.95)->Interv
     gained, lost = (change > 0).sum() + 0.5, (change < 0).sum() + 0.5 # half an example more in each cell
     middle, value = (gained - lost)/(n + 2), tuned.value - base.value
     half = norm.ppf((1 + confidence)/2)*np.sqrt((gained + lost)/(n + 2) - middle**2)/np.sqrt(n + 2)
-    return Interval(value, min(value, float(middle - half)), max(value, float(middle + half)))
+    return Interval(value, max(-1., min(value, float(middle - half))), min(1., max(value, float(middle + half))))
 
 def paired_difference(base:Metric,   # the model to compare with
                       tuned:Metric,  # the same metric on the same examples

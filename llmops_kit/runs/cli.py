@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['estimators', 'jobs_command', 'run_command', 'estimate_command', 'runs_command', 'show_command', 'resume_command',
-           'replay_command', 'diff_command', 'gate_command', 'demo_command', 'parser', 'main']
+           'replay_command', 'diff_command', 'gate_command', 'report_command', 'demo_command', 'parser', 'main']
 
 # %% ../../nbs/runs/cli.ipynb #c56cb72a
 import argparse, json, os, sys
@@ -136,6 +136,14 @@ def gate_command(arguments):
         for o in found["rules"]: print(f"  {'passed ' if o['passed'] else 'BLOCKED'}  {o['rule']}: {o['reason']}")
     return 1 if blocked else 0
 
+# %% ../../nbs/runs/cli.ipynb #07d9ebdf
+def report_command(arguments):
+    "A run as one HTML page that needs no other file."
+    from llmops_kit.runs.page import write_page
+    path = write_page(arguments.run, arguments.output)
+    _print_json({"path": str(path)}) if arguments.json else print(path)
+    return 0
+
 # %% ../../nbs/runs/cli.ipynb #3acacbbd
 _demo_next = """
 Next
@@ -210,6 +218,9 @@ def parser()->argparse.ArgumentParser: # every command with its help
     made = command("gate", gate_command)
     made.add_argument("run", help=run_help)
     made.add_argument("--policy", required=True, metavar="FILE", help="YAML file: rules with metric, slice, minimum, maximum, largest_loss, and the baseline run")
+    made = command("report", report_command)
+    made.add_argument("run", help=run_help)
+    made.add_argument("--output", default="", metavar="FILE", help="the page's file; report.html in the run's folder, if not given")
     command("demo", demo_command)
     return top
 

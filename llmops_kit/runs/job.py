@@ -103,6 +103,14 @@ class Step:
         self.began = time.perf_counter()
         return self
 
+    def cache(self,
+              function,   # gives something that can be pickled
+              ignore=(),  # arguments that do not matter, such as a progress bar
+              ):          # the function, which is called once for the same arguments and code
+        "A function whose results stay in the step's folder."
+        from joblib import Memory
+        return Memory(self.folder/"cache", verbose=0).cache(function, ignore=list(ignore))
+
     def __exit__(self, kind, error, trace):
         self.run.progress(1, 1)
         done = {"name": self.name, "seconds": round(time.perf_counter() - self.began, 3), "status": "failed" if kind else "finished"}
