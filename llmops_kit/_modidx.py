@@ -800,6 +800,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'llmops_kit/evaluation/decoding.py'),
                                                 'llmops_kit.evaluation.decoding._last_only': ( 'evaluation/decoding.html#_last_only',
                                                                                                'llmops_kit/evaluation/decoding.py'),
+                                                'llmops_kit.evaluation.decoding._rows': ( 'evaluation/decoding.html#_rows',
+                                                                                          'llmops_kit/evaluation/decoding.py'),
                                                 'llmops_kit.evaluation.decoding.decode': ( 'evaluation/decoding.html#decode',
                                                                                            'llmops_kit/evaluation/decoding.py'),
                                                 'llmops_kit.evaluation.decoding.decode_batch': ( 'evaluation/decoding.html#decode_batch',

@@ -67,6 +67,9 @@ def _last_only(head): # of each row; what `logits_to_keep` leaves lies scattered
     plain = head.forward
     with _swapped(head, "forward", lambda x: plain(x[:, -1].contiguous())[:, None]): yield
 
+def _rows(n, dtype): # in bf16 each number of rows is compiled anew, so that a few rows more cost less
+    return n if dtype == torch.float32 else 2**max(0, n - 1).bit_length()
+
 def decode_batch(path:Path,
                  prompts:list[list[int]], # of one batch
                  max_new_tokens:int,
@@ -74,7 +77,7 @@ def decode_batch(path:Path,
                  )->list[tuple[list[int], float]]: # new tokens and seconds of each prompt
     "The most likely continuation of each prompt, token by token."
     start, device, batch = time.perf_counter(), path.model.device, left_padded(prompts, path.lm.tokenizer.pad_token_id, path.model.device)
-    answers, times, running = [[] for _ in prompts], [0.]*len(prompts), list(range(len(prompts)))
+    answers, times, running, gone = [[] for _ in prompts], [0.]*len(prompts), list(range(len(prompts))), set()
     width, columns = batch["visible"].shape[1], batch["visible"].shape[1] + max_new_tokens
     cache = Cache(layers=[Room(len(prompts), columns) for _ in range(path.config.get_text_config().num_hidden_layers)])
     visible = torch.cat([batch["visible"], torch.ones(len(prompts), max_new_tokens, dtype=torch.bool, device=device)], 1).cpu().numpy()
@@ -93,15 +96,18 @@ def decode_batch(path:Path,
         for new in range(1, max_new_tokens + 1):
             now = time.perf_counter() - start
             for row, token in zip(running, chosen):
+                if row in gone: continue
                 answers[row].append(token)
                 times[row] = now
+                if ended(row, answers[row]): gone.add(row)
             positions = positions[:, -1:] + 1
-            for row in [r for r in reversed(range(len(running))) if ended(running[r], answers[running[r]])]: # from the end: the row that moves is one that goes on
+            stay = _rows(len(prompts) - len(gone), path.dtype)
+            for row in [r for r in reversed(range(len(running))) if running[r] in gone][:max(0, len(running) - stay)]:
                 last = len(running) - 1
                 for layer in cache.layers: layer.leave(row)
                 running[row], chosen[row], visible[row], positions[row] = running[last], chosen[last], visible[last], positions[last].clone()
                 running, chosen, visible, positions = running[:last], chosen[:last], visible[:last], positions[:last]
-            if not running or new == max_new_tokens: return list(zip(answers, times))
+            if len(gone) == len(prompts) or new == max_new_tokens: return list(zip(answers, times))
             filled = width + new
             chosen = step(torch.tensor(chosen, device=device)[:, None], positions, visible[:, None, :filled], filled - 1 - at[:filled])
 

@@ -6,7 +6,7 @@
 __all__ = ['record_html', 'page', 'write_page']
 
 # %% ../../nbs/runs/page.ipynb #cbc953ff
-import json, re
+import json, logging, re
 from html import escape
 from pathlib import Path
 from .artifacts import write_atomic
@@ -67,7 +67,9 @@ def _html(cells):
     from nbconvert import HTMLExporter
     import nbformat
     if not cells: return ""
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
+    quiet = logging.getLogger("llmops_kit.page")
+    quiet.setLevel(logging.ERROR) # nbconvert wants a description of each picture, and their captions stand below them
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True, log=quiet)
     plain = [{k: v for k, v in o.items() if k != "id"} for o in cells]  # an id must stand once on a page, and headings have theirs
     html, _ = exporter.from_notebook_node(nbformat.reads(json.dumps({"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": plain}), as_version=4))
     return re.sub(r'<a\s+[^>]*href="(?!https?:|mailto:|#)[^"]*"[^>]*>(.*?)</a>', r"\1", html, flags=re.DOTALL)
