@@ -2055,6 +2055,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'llmops_kit.runs.show': { 'llmops_kit.runs.show.columns': ('runs/show.html#columns', 'llmops_kit/runs/show.py'),
                                       'llmops_kit.runs.show.metric_table': ('runs/show.html#metric_table', 'llmops_kit/runs/show.py'),
                                       'llmops_kit.runs.show.number': ('runs/show.html#number', 'llmops_kit/runs/show.py'),
+                                      'llmops_kit.runs.show.place': ('runs/show.html#place', 'llmops_kit/runs/show.py'),
                                       'llmops_kit.runs.show.run_text': ('runs/show.html#run_text', 'llmops_kit/runs/show.py'),
                                       'llmops_kit.runs.show.runs_text': ('runs/show.html#runs_text', 'llmops_kit/runs/show.py'),
                                       'llmops_kit.runs.show.size': ('runs/show.html#size', 'llmops_kit/runs/show.py'),
