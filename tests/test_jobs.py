@@ -71,6 +71,7 @@ def check_wandb(record, folder):
     read = read_offline_run(folder)
     assert read["state"] == "finished" and read["config"] == record["parameters"]
     history = [json.loads(o) for o in (folder/"metrics.jsonl").read_text().splitlines()] if record["history"]["lines"] else []
+    assert all(o["run"] in read["notes"] for o in record["inputs"] if o.get("run"))
     lines = [o for o in read["history"] if not any(k.endswith("._type") for k in o)]  # a table is a line of its own
     assert lines == [{"step": o["step"], **o["values"]} for o in history]
     assert {k: read["summary"][k] for k in record["metrics"]} == record["metrics"]

@@ -20,7 +20,7 @@ from .parameters import check_names, check_value, read_parameters
 from .recorder import KernelTap, Recorder
 from .secrets import Redactor
 from .store import keep_content
-from .tracking import Tracker, tracking_mode
+from .tracking import Tracker, page_notes, tracking_mode
 
 # %% ../../nbs/runs/job.ipynb #82ae6f75
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
@@ -296,10 +296,15 @@ class Run:
         self.tracker.summary(metrics)
         notebook = self.folder/"notebook.ipynb"
         if notebook.exists(): self.tracker.artifact(Artifact.of(notebook, "notebook", "notebook", run=self.id), notebook)
+        self.tracker.notes(page_notes(self.record, {o["run"]: self._page_of(o["run"]) for o in self.record["inputs"] if o.get("run")}))
         self.tracker.finish()
         (self.folder/".progress.json").unlink(missing_ok=True)
         self._update(status="finished", metrics=metrics, tracking=self.tracker.state, history=history_digest(self.folder), environment=self.record["environment"] | {"threads_used": _threads()}, **self._ended())
         return self
+
+    def _page_of(self, run):
+        try: return read_record(run).get("tracking", {}).get("url")
+        except UserError: return None
 
     def _ended(self): return ended(self.record) | {"peak_memory_bytes": peak_memory_bytes()}
 
