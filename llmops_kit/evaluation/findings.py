@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from html import escape
 from .metrics import Metric
 from .report import Words
-from .statistics import Interval, metric_interval, paired_difference
+from .statistics import Interval, matched_difference, metric_interval, paired_difference
 from ..runs.errors import UserError
 from ..training.plots import Picture
 
@@ -38,7 +38,10 @@ def judged(findings:list[Finding], resamples:int=2000, seed:int=0)->list[Finding
     "The findings with their intervals, which hold for all of them together."
     if not findings: raise UserError("There is no probe to judge. Give probes, or examples of training and held out.")
     confidence = 1 - 0.05/len(findings)
-    def interval(f): return paired_difference(f.control, f.metric, resamples, confidence, seed) if f.control else metric_interval(f.metric, resamples, confidence, seed)
+    def interval(f):
+        found = paired_difference(f.control, f.metric, resamples, confidence, seed) if f.control else metric_interval(f.metric, resamples, confidence, seed)
+        if found.low < found.high or not f.control or any(((o.each < 0) | (o.each > 1)).any() for o in (f.metric, f.control)): return found
+        return matched_difference(f.control, f.metric, confidence) # among a few shares nothing varied, which says little of others
     return [replace(f, interval=interval(f)) for f in findings]
 
 def worst(ids, prompts, answers, scores, n:int=3)->list[dict]: # the highest scores first; those above 0 only
