@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 # oneDNN keeps 1,024 compiled products, one for each shape: with batches of many lengths that is more memory than the model. Read when it first multiplies.
-for _name in "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY": os.environ.setdefault(_name, "64")
+for _name in "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY": os.environ.setdefault(_name, "256")
 
 from .kernels import HeadNLL, Layout, LoraLinear, RMSNorm, Rotary, RowAttention, round_up, seen
 from .loss import token_nll
@@ -163,7 +163,7 @@ class HotPath:
         mask = batch["attention_mask"].bool()
         layout = Layout(mask)
         at, targets = layout.line_up(wanted, False)[0].nonzero()[:, 0], batch["labels"][:, 1:][wanted[:, :-1]]
-        fill = (0, round_up(len(at)) - len(at))  # a round number of positions, too
+        fill = (0, round_up(len(at), 2) - len(at))  # a round number of positions, too
         inputs = dict(input_ids=layout.line_up(batch["input_ids"], 0), position_ids=layout.positions[None])
         with _swapped(HotPath, "layout", layout), _attention(self.config):
             return self._compute(model, head, inputs, F.pad(at, fill, value=layout.tokens), F.pad(targets, fill))[:len(at)]

@@ -78,9 +78,9 @@ class Rotary(Function):
 # %% ../../nbs/training/kernels.ipynb #6d7fe0a5
 def round_up(
     n:int,        # at least 1
-    parts:int=16, # of the largest power of two below it
+    parts:int=8, # of the largest power of two below it
 )->int:
-    "The next of a few numbers: at most a sixteenth more."
+    "The next of a few numbers, that few products have to be compiled: at most one part more."
     unit = max(8, 1 << max(0, n.bit_length() - 1) >> parts.bit_length() - 1)
     return -(-n // unit) * unit
 
