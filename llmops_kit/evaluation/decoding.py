@@ -32,18 +32,18 @@ def plain_decode(model:torch.nn.Module, prompt:list[int], max_new_tokens:int, en
 
 # %% ../../nbs/evaluation/decoding.ipynb #78243b6a
 class Room(DynamicLayer):
-    "A layer's keys and values: (rows, heads, columns, width), of which `rows` and `filled` are in use; what comes is of the rows from `first` on."
+    "A layer's keys and values: (rows, heads, columns, width), of which `rows` and `filled` are in use; what comes is of the rows from `first` on, and looks back to `begin`."
     def __init__(self, rows:int, columns:int):
         super().__init__()
-        self.rows, self.columns, self.filled, self.first, self.room = rows, columns, 0, 0, None
+        self.rows, self.columns, self.filled, self.first, self.begin, self.room = rows, columns, 0, 0, 0, None
 
     def update(self, keys, values, *args, **kwargs):
-        if self.room is None: self.room = [o.new_empty(self.rows, o.shape[1], self.columns, o.shape[3]) for o in (keys, values)]
+        if self.room is None: self.room = [o.new_zeros(self.rows, o.shape[1], self.columns, o.shape[3]) for o in (keys, values)] # what nobody sees must still be a number
         mine, end = slice(self.first, self.first + len(keys)), self.filled + keys.shape[2]
         for room, new in zip(self.room, (keys, values)): room[mine, :, self.filled:end] = new
         self.is_initialized = True
         if mine.stop == self.rows: self.filled = end # all have come
-        return tuple(o[mine, :, :end] for o in self.room)
+        return tuple(o[mine, :, self.begin:end] for o in self.room)
 
     def get_seq_length(self)->int: return self.filled
 
@@ -70,6 +70,13 @@ def _last_only(head): # of each row; what `logits_to_keep` leaves lies scattered
 def _rows(n, dtype): # in bf16 each number of rows is compiled anew, so that a few rows more cost less
     return n if dtype == torch.float32 else 2**max(0, n - 1).bit_length()
 
+def _runs(lengths, tokens): # neighbours that make a padded batch of so many tokens
+    found = [[0]]
+    for n in range(1, len(lengths)):
+        if (len(found[-1]) + 1)*max(lengths[o] for o in [*found[-1], n]) > tokens: found.append([])
+        found[-1].append(n)
+    return found
+
 def decode_batch(path:Path,
                  prompts:list[list[int]], # of one batch
                  max_new_tokens:int,
@@ -84,15 +91,15 @@ def decode_batch(path:Path,
     at, positions = np.arange(columns), batch["position_ids"]
     def step(ids, positions, seen, distance): # the next token of each row
         seen = masks(seen, path.config, np.broadcast_to(distance, seen.shape), path.dtype, device)
-        return path.model(input_ids=ids, position_ids=positions, attention_mask=seen, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1).tolist()
-    def read(first, last): # some of the prompts; padding sees itself, and nobody sees it
-        for layer in cache.layers: layer.first = first
-        inside = visible[first:last, None, :width] & np.tri(width, dtype=bool) | np.eye(width, dtype=bool)
-        return step(batch["input_ids"][first:last], positions[first:last], inside, at[:width, None] - at[None, :width])
+        return path.model(input_ids=ids, position_ids=positions, attention_mask=seen, past_key_values=cache, use_cache=True).logits[:, -1].float().argmax(-1).tolist()
+    def read(some): # of the prompts, from where the longest of them begins; padding sees itself, and nobody sees it
+        first, last, length = some[0], some[-1] + 1, max(len(prompts[n]) for n in some)
+        for layer in cache.layers: layer.first, layer.filled, layer.begin = first, width - length, width - length
+        inside = visible[first:last, None, width - length:width] & np.tri(length, dtype=bool) | np.eye(length, dtype=bool)
+        return step(batch["input_ids"][first:last, width - length:], positions[first:last, width - length:], inside, at[:length, None] - at[None, :length])
     with _last_only(path.head):
-        some = max(1, prompt_tokens // width)
-        chosen = [t for n in range(0, len(prompts), some) for t in read(n, n + some)]
-        for layer in cache.layers: layer.first = 0
+        chosen = [t for some in _runs([len(p) for p in prompts], prompt_tokens) for t in read(some)]
+        for layer in cache.layers: layer.first, layer.filled, layer.begin = 0, width, 0
         for new in range(1, max_new_tokens + 1):
             now = time.perf_counter() - start
             for row, token in zip(running, chosen):
