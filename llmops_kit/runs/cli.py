@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['estimators', 'jobs_command', 'run_command', 'estimate_command', 'runs_command', 'show_command', 'resume_command',
-           'replay_command', 'diff_command', 'gate_command', 'report_command', 'demo_command', 'parser', 'main']
+           'replay_command', 'diff_command', 'gate_command', 'report_command', 'demo_command', 'prune_command',
+           'graph_command', 'export_command', 'import_command', 'verify_notebooks_command', 'parser', 'main']
 
 # %% ../../nbs/runs/cli.ipynb #c56cb72a
 import argparse, json, os, sys
@@ -73,9 +74,10 @@ def runs_command(arguments):
     "The ledger, newest first."
     from llmops_kit.runs.ledger import list_runs
     from llmops_kit.runs.show import runs_text
-    found = list_runs(arguments.job, arguments.status)
-    if arguments.json:
-        _print_json([{k: o.get(k) for k in ("id", "job", "name", "status", "started", "finished", "seconds", "given", "parameters", "metrics", "error")} for o in found])
+    found = list_runs(arguments.job, arguments.status, short=not arguments.json)
+    if arguments.json: # a line for each: indented, 10,000 of them would take many seconds
+        fields = "id", "job", "name", "status", "started", "finished", "seconds", "given", "parameters", "metrics", "error"
+        print("[\n" + ",\n".join(json.dumps({k: o.get(k) for k in fields}, ensure_ascii=False) for o in found) + "\n]")
     else: print(runs_text(found))
     return 0
 
@@ -178,6 +180,52 @@ def demo_command(arguments):
         print(_demo_next.format(**{k: o["id"] for k, o in records.items()}))
     return 0
 
+# %% ../../nbs/runs/cli.ipynb #f8723f19
+def prune_command(arguments):
+    "Delete runs that match all that is asked, and that no run which stays depends on. Without --yes it only says which."
+    from llmops_kit.runs.prune import parse_size, plan_pruning, prune
+    from llmops_kit.runs.show import size
+    larger = None if arguments.larger_than is None else parse_size(arguments.larger_than)
+    plan = plan_pruning(arguments.job, arguments.status, arguments.older_than, larger)
+    gone = prune(plan) if arguments.yes else []
+    if arguments.json:
+        _print_json(plan.as_dict() | {"deleted": gone})
+        return 0
+    print(plan)
+    if arguments.yes: print(f"Deleted {len(gone)} runs, {size(plan.bytes)}.")
+    elif plan.bytes: print(f"Nothing is deleted yet. With --yes {len(plan.runs)} runs would go, {size(plan.bytes)}.")
+    return 0
+
+def graph_command(arguments):
+    "Which runs a run was made from, and which were made from it."
+    from llmops_kit.runs.lineage import lineage
+    found = lineage(arguments.run)
+    _print_json(found.as_dict()) if arguments.json else print(found)
+    return 0
+
+def export_command(arguments):
+    "Write a run and all that it needs into one file, with which another machine can replay it."
+    from llmops_kit.runs.archive import export_run
+    from llmops_kit.runs.show import size
+    made = export_run(arguments.run, arguments.output)
+    for o in made["missing"]: print(f"Warning: not in the archive: {o}.", file=sys.stderr)
+    _print_json(made) if arguments.json else print(f"{made['file']}  {size(made['bytes'])}, {len(made['runs'])} runs. On the other machine: llmops import {made['file']}")
+    return 0
+
+def import_command(arguments):
+    "Put an exported run and what it needs into this ledger, every digest checked."
+    from llmops_kit.runs.archive import import_run
+    made = import_run(arguments.file)
+    _print_json(made) if arguments.json else print(f"{made['run']}  {len(made['new'])} runs are new here, {len(made['already'])} were here already. To run it again: llmops replay {made['run']}")
+    return 0
+
+def verify_notebooks_command(arguments):
+    "Run library notebooks and lessons, and compare what they store with what they show now. Exit code 0 only if all of it is true."
+    from llmops_kit.runs.verify import notebooks_in, verify_notebooks
+    results = verify_notebooks(notebooks_in(arguments.paths), arguments.workers, flags=tuple(arguments.flags.split()), tolerance=arguments.tolerance)
+    if arguments.json: _print_json([o.as_dict() for o in results])
+    return 0 if all(o.true for o in results) else 1
+
 # %% ../../nbs/runs/cli.ipynb #c8f547d4
 def parser()->argparse.ArgumentParser: # every command with its help
     "The command line's grammar."
@@ -205,6 +253,25 @@ def parser()->argparse.ArgumentParser: # every command with its help
     made = command("runs", runs_command)
     made.add_argument("--job", help="only runs of this job")
     made.add_argument("--status", choices=("running", "finished", "failed", "killed"), help="only runs with this status")
+    made = made.add_subparsers(metavar="prune").add_parser("prune", help="delete old runs", description=prune_command.__doc__)
+    # what stands before `prune` holds too, so these must not put their own default in its place
+    made.add_argument("--job", default=argparse.SUPPRESS, help="runs of this job")
+    made.add_argument("--status", default=argparse.SUPPRESS, choices=("finished", "failed", "killed"), help="runs with this status")
+    made.add_argument("--older-than", type=float, metavar="DAYS", help="runs that started before that")
+    made.add_argument("--larger-than", metavar="SIZE", help="runs whose folder takes more, e.g. 500MB")
+    made.add_argument("--yes", action="store_true", help="do it")
+    made.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, and nothing else, to stdout")
+    made.set_defaults(act=prune_command)
+    command("graph", graph_command).add_argument("run", help=run_help)
+    made = command("export", export_command)
+    made.add_argument("run", help=run_help)
+    made.add_argument("--output", metavar="FILE", help="the file to write; RUN.tar.gz, if not given")
+    command("import", import_command).add_argument("file", help="an archive made by `llmops export`")
+    made = command("verify-notebooks", verify_notebooks_command)
+    made.add_argument("paths", nargs="*", help="notebooks, or folders of them; the project's nbs, without its jobs, if none is given")
+    made.add_argument("--flags", default="", metavar="FLAGS", help="run cells with these flags too, e.g. slow")
+    made.add_argument("--tolerance", type=float, default=1e-3, metavar="T", help="relative, for numbers that are not whole; 0.001, if not given")
+    made.add_argument("--workers", type=int, metavar="N", help="notebooks at a time; as many as there are cores, if not given")
     command("show", show_command).add_argument("run", help=run_help)
     made = command("resume", resume_command)
     made.add_argument("run", help=run_help)

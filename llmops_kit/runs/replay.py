@@ -10,6 +10,7 @@ __all__ = ['other_machine_tolerance', 'Difference', 'environment_differences', '
 import json, math
 from dataclasses import dataclass
 from pathlib import Path
+from .archive import inputs_here
 from .artifacts import sha256_of
 from .catalog import Job, load_job
 from .engine import execute_job
@@ -106,7 +107,7 @@ def replay(ref:str,              # a finished run
     check_names(secrets, job.parameters, record["job"])
     hidden = [k for k, v in record["parameters"].items() if str(v).startswith("<redacted") and k not in secrets]
     if hidden: raise UserError(f"The record keeps no secrets. Give {', '.join(hidden)} again: `llmops replay {record['id']} -p {hidden[0]} …`.")
-    values = {k: check_value(job.parameters[k], v) for k, v in (record["parameters"] | secrets).items()}
+    values = {k: check_value(job.parameters[k], v) for k, v in (record["parameters"] | inputs_here(record) | secrets).items()}
     damage = record_damage(record)
     new = execute_job(job, values, record["given"], threads=record["environment"]["threads"], quiet=quiet, replay_of=record["id"])
     if new["status"] != "finished":
