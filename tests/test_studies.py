@@ -64,15 +64,15 @@ from llmops_kit.runs.ledger import read_record
 import os, time
 run = Run.start("waits")
 run.log({"n": n}, step=0)
-while not os.path.exists(gate): time.sleep(0.05)
+while gate and not os.path.exists(gate + ".open"): time.sleep(0.05)
 run.finish({"n": n + (read_record(after)["metrics"]["n"] if after else 0)})'''
 
 def test_a_pipeline_killed_as_a_whole_goes_on_and_then_runs_nothing(place):
-    write_job(place, "waits", 'n: int = 1  # a number\nafter: str = ""  # a run to add\ngate: str = "."  # a file to wait for', WAITS)
+    write_job(place, "waits", 'n: int = 1  # a number\nafter: str = ""  # a run to add\ngate: str = ""  # waits for a file with this name and .open', WAITS)
     (place/"s.yaml").write_text(f"""
 stages:
   first: {{job: {place}/waits.ipynb}}
-  second: {{job: {place}/waits.ipynb, parameters: {{n: 2, after: stage:first, gate: {place}/open}}}}
+  second: {{job: {place}/waits.ipynb, parameters: {{n: 2, after: stage:first, gate: {place}/gate}}}}
   third: {{job: {place}/waits.ipynb, parameters: {{after: stage:second}}}}
 """)
     env = {"LLMOPS_RUNS": str(place/"runs")}
@@ -80,7 +80,7 @@ stages:
     logged = lambda: [o for o in (place/"runs").glob("*/metrics.jsonl") if read_record(o.parent.name)["stage"] == "second"]
     wait_until(logged, process)
     kill_tree(process)
-    (place/"open").touch()
+    (place/"gate.open").touch()
     again = json.loads(llmops("run", place/"s.yaml", "--json", env=env))
     assert {k: (o["state"], o["how"]) for k, o in again["stages"].items()} == {"first": ("reused", "reused"), "second": ("finished", "resumed"), "third": ("finished", "ran")}
     assert read_record(again["stages"]["third"]["run"])["metrics"]["n"] == 4
@@ -138,7 +138,7 @@ class Steps(Here):
 def here(place, monkeypatch):
     monkeypatch.setitem(executors.executors, "local", Here)
     monkeypatch.setattr("llmops_kit.runs.tune.time.sleep", lambda seconds: None)
-    surroundings = executors.new_record.__globals__["first_record"]("add", {}, {}, [], runner="llmops")["environment"]
+    surroundings = executors.new_record.__globals__["first_record"]("add", {}, {}, [], runner="llmops")["environment"] | {"packages": {}}
     monkeypatch.setattr("llmops_kit.runs.job.environment", lambda: json.loads(json.dumps(surroundings)))
     return write_job(place, "schaffer", "x: float = 3.5  # where, in [-4, 4]\nwaste: float = 0.5  # bad for both, in [0, 1]", "1")
 
@@ -182,5 +182,5 @@ def test_hopeless_trials_are_stopped_and_the_others_never_started_over(here, mon
 
 def test_a_metric_that_no_run_has(here):
     from llmops_kit.runs.errors import UserError
-    with pytest.raises(UserError, match="have no metric f3. Did you mean f[12]"): tune(here, read_axes(here, [], [["x", "-4", "4"]]), {}, [read_objective("f3:min")], 5, quiet=True)
+    with pytest.raises(UserError, match="have no metric f3.* They have: f1, f2, loss"): tune(here, read_axes(here, [], [["x", "-4", "4"]]), {}, [read_objective("f3:min")], 5, quiet=True)
     with pytest.raises(UserError, match="--prune stops what is worse"): tune(here, read_axes(here, [], [["x", "-4", "4"]]), {}, [read_objective("f1:min"), read_objective("f2:min")], 5, prune=3, quiet=True)
