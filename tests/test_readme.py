@@ -32,7 +32,7 @@ def check_llmops(words):
         assert left.value.code == 0
     elif words:
         arguments = parser().parse_args(words)
-        if arguments.command in ("run", "jobs") and arguments.job: check_parameters(arguments.job, getattr(arguments, "parameter", []))
+        if arguments.command in ("run", "jobs", "sweep", "tune") and arguments.job and not arguments.job.endswith(".yaml"): check_parameters(arguments.job, getattr(arguments, "parameter", []))
 
 def check_make(words):
     for target in words: checked("make", "-n", "-o", ".venv/.installed", target)

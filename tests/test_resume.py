@@ -186,7 +186,7 @@ def outcome(record, folder):
 
 def killed_and_resumed(kills, runs, env, rng):
     "One run, killed so often at random steps, each time resumed; its record at the end."
-    process, id = start_llmops("run", "finetune", *ARGUMENTS, env=env), None
+    process, id = start_llmops("run", "finetune", *ARGUMENTS, "--fresh", env=env), None
     seen = set(runs.glob("*"))
     for n, step in enumerate(sorted(rng.randint(1, 59) for _ in range(kills))):
         wait_until(lambda: set(runs.glob("*/run.json")) - {o/"run.json" for o in seen} or id, process)
@@ -221,7 +221,7 @@ def test_sigkill_and_resume(env, uninterrupted):
 def test_sigterm_saves_and_names_the_way_on(env, uninterrupted):
     runs = Path(env["LLMOPS_RUNS"])
     before = set(runs.glob("*"))
-    process = start_llmops("run", "finetune", *ARGUMENTS, env=env)
+    process = start_llmops("run", "finetune", *ARGUMENTS, "--fresh", env=env)
     wait_until(lambda: any(steps_done(o) >= 20 for o in set(runs.glob("*")) - before), process)
     id = (set(runs.glob("*")) - before).pop().name
     refused = run_command("llmops", "resume", id, env=env)

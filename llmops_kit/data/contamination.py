@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N', 'THRESHOLD', 'FEWEST', 'Overlap', 'Index', 'overlap_table', 'clean_ids', 'RowSet', 'evaluation_sets',
-           'training_sets', 'text_of', 'items_of', 'search_rows']
+           'still_means', 'training_sets', 'text_of', 'items_of', 'search_rows']
 
 # %% ../../nbs/data/contamination.ipynb #fe566caf
 import html, json, re
@@ -218,6 +218,14 @@ def evaluation_sets()->list[RowSet]:
     records = list_runs()
     used = [(r, o) for r in records for o in _datasets(r, "outputs") + _datasets(r, "inputs")*(r["job"] == "evaluate")]
     return _split_sets(records, used, ("validation", "test"))
+
+def still_means(
+    record:dict, # of a prepare run that searched for what the ledger knew
+)->bool:
+    "Does the ledger know the same evaluation sets now, besides those that the run itself made?"
+    places = [run_folder(record["id"])/o["path"]/f"{s}.jsonl" for o in _datasets(record, "outputs") for s in ("validation", "test")]
+    own = {sha256_of(p) for p in places if p.exists()}
+    return {s.sha256 for s in evaluation_sets() if s.path} - own == set(record["parameters"]["against"]) - own
 
 def training_sets(
     run:str="", # only what this run's model saw, itself or as the model it began with; empty: all of the ledger

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['estimators', 'jobs_command', 'run_command', 'estimate_command', 'runs_command', 'show_command', 'resume_command',
            'replay_command', 'diff_command', 'gate_command', 'report_command', 'demo_command', 'prune_command',
-           'graph_command', 'export_command', 'import_command', 'verify_notebooks_command', 'parser', 'main']
+           'graph_command', 'export_command', 'import_command', 'verify_notebooks_command', 'sweep_command',
+           'tune_command', 'parser', 'main']
 
 # %% ../../nbs/runs/cli.ipynb #c56cb72a
 import argparse, json, os, sys
@@ -47,14 +48,17 @@ def jobs_command(arguments):
     return 0
 
 def run_command(arguments):
-    "Run a job."
+    "Run a job, or a study from its YAML file; what has been run before is not run again."
+    if arguments.job.endswith((".yaml", ".yml")): return _study_command(arguments)
     from llmops_kit.runs.catalog import load_job
-    from llmops_kit.runs.engine import execute_job
+    from llmops_kit.runs.reuse import run_or_reuse
     from llmops_kit.runs.show import run_text
+    if arguments.on != "local" or arguments.workers != 1: raise UserError("--on and --workers are for the stages of a study: llmops run FILE.yaml, sweep and tune.")
     job = load_job(arguments.job)
     values, given = _values(job, arguments)
-    record = execute_job(job, values, given, **({"name": arguments.name} if arguments.name else {}))
-    _print_json(record) if arguments.json else print(run_text(record))
+    record, reused = run_or_reuse(job, values, given, fresh=arguments.fresh, threads=arguments.threads, **({"name": arguments.name} if arguments.name else {}))
+    if reused: print(f"{job.name} was run before with this code, these parameters and inputs, on this machine's packages: {record['id']}. To run it again: --fresh.", file=sys.stderr)
+    _print_json(record | {"reused": reused}) if arguments.json else print(run_text(record))
     return 0 if record["status"] == "finished" else 1
 
 estimators = {"finetune": "llmops_kit.training.estimate"} # job -> module with an `estimate_job`; imported by name when it is asked for
@@ -226,6 +230,71 @@ def verify_notebooks_command(arguments):
     if arguments.json: _print_json([o.as_dict() for o in results])
     return 0 if all(o.true for o in results) else 1
 
+# %% ../../nbs/runs/cli.ipynb #64cf4309
+def _options(arguments): # what all studies have
+    return {k: getattr(arguments, k) for k in ("on", "workers", "threads", "gpus", "fresh")}
+
+def _told(arguments, record, text, **more):
+    print(f"{record['name']} is in {os.path.join('runs', 'studies', record['name'])}; a report with pictures: llmops run study -p study {record['name']}", file=sys.stderr)
+    _print_json(record | more) if arguments.json else print(text)
+    return 0 if record["status"] == "finished" else 1
+
+def _study_command(arguments): # `llmops run FILE.yaml`
+    from llmops_kit.runs.study import read_study, run_study, study_text
+    if arguments.parameter or arguments.file: raise UserError(f"Parameters of a study's stages stand in {arguments.job}; -p and -f are for a single job.")
+    name, stages = read_study(arguments.job)
+    record = run_study(arguments.name or name, stages, **_options(arguments))
+    return _told(arguments, record, study_text(record))
+
+def sweep_command(arguments):
+    "Run a job with every combination of some parameters, or with some at random, and compare."
+    from llmops_kit.runs.catalog import load_job
+    from llmops_kit.runs.sweep import read_axes, sweep, sweep_rows, sweep_text
+    job = load_job(arguments.job)
+    values, given = _values(job, arguments)
+    axes = read_axes(job, arguments.grid, arguments.space, given)
+    if not axes: raise UserError("There is nothing to vary. Give the values of a parameter: -g lr 1e-4 3e-4.")
+    record = sweep(job, axes, {k: values[k] for k in given}, count=arguments.random, name=arguments.name or "", **_options(arguments))
+    return _told(arguments, record, sweep_text(record, arguments.metric), rows=sweep_rows(record, arguments.metric))
+
+def tune_command(arguments):
+    "Look for the parameters with which a job does best; the same call again goes on."
+    from llmops_kit.runs.catalog import load_job
+    from llmops_kit.runs.sweep import read_axes
+    from llmops_kit.runs.tune import best_rows, read_objective, tune, tune_text
+    job = load_job(arguments.job)
+    values, given = _values(job, arguments)
+    record = tune(job, read_axes(job, arguments.grid, arguments.space, given), {k: values[k] for k in given}, [read_objective(o) for o in arguments.objective], arguments.trials,
+                  seeds=arguments.seeds, prune=arguments.prune, name=arguments.name or "", **_options(arguments))
+    return _told(arguments, record, tune_text(record), rows=best_rows(record))
+
+def _study_grammar(command): # the lines of the parser for sweep and tune
+    def study(made):
+        made.add_argument("--name", help="a name of your own")
+        made.add_argument("--fresh", action="store_true", help="run it, even if the same was run before")
+        made.add_argument("--workers", type=int, default=1, metavar="N", help="of a study: runs at the same time")
+        made.add_argument("--on", choices=("local", "slurm", "slurm-local", "ray"), default="local", help="of a study: where its runs run; a Ray cluster is that of RAY_ADDRESS, else a new one here")
+        made.add_argument("--threads", type=int, metavar="N", help="of each run; in a study, the cores divided by the workers, if not given")
+        made.add_argument("--gpus", type=float, default=0, metavar="N", help="of each run of a study, on Slurm and Ray")
+    def varied(name, act):
+        made = command(name, act)
+        made.add_argument("job", help="a job's name, or a notebook's path")
+        made.add_argument("-g", "--grid", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="values of a parameter; may be repeated")
+        made.add_argument("-s", "--space", nargs="+", action="append", default=[], metavar=("NAME", "BOUND"), help="a range of a parameter, LOW HIGH or LOW HIGH log; may be repeated")
+        made.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter for all; may be repeated")
+        made.add_argument("-f", "--file", metavar="FILE", help="YAML file of parameters for all; -p wins over it")
+        study(made)
+        return made
+    made = varied("sweep", sweep_command)
+    made.add_argument("--random", type=int, metavar="N", help="draw so many points instead of running every combination")
+    made.add_argument("--metric", action="append", default=[], metavar="NAME", help="a column of the table; may be repeated")
+    made = varied("tune", tune_command)
+    made.add_argument("--objective", action="append", required=True, metavar="METRIC:min|max", help="what is better; may be repeated")
+    made.add_argument("--trials", type=int, required=True, metavar="N", help="in all, those of earlier calls too")
+    made.add_argument("--seeds", type=int, default=3, metavar="N", help="with which the best are run (3)")
+    made.add_argument("--prune", type=int, default=0, metavar="STEP", help="stop the worse two thirds of the trials at this step, at three times this step, and so on")
+    return study
+
 # %% ../../nbs/runs/cli.ipynb #c8f547d4
 def parser()->argparse.ArgumentParser: # every command with its help
     "The command line's grammar."
@@ -241,10 +310,10 @@ def parser()->argparse.ArgumentParser: # every command with its help
     run_help = "an id, a unique part at its beginning or end, or latest:JOB"
     command("jobs", jobs_command).add_argument("job", nargs="?", help="a job's name, or a notebook's path, to see its parameters")
     made = command("run", run_command)
-    made.add_argument("job", help="a job's name, or a notebook's path")
+    made.add_argument("job", help="a job's name, a notebook's path, or a study's YAML file")
     made.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
     made.add_argument("-f", "--file", metavar="FILE", help="YAML file of parameters; -p wins over it")
-    made.add_argument("--name", help="a name of your own for the run")
+    _study_grammar(command)(made)
     made = command("estimate", estimate_command)
     made.add_argument("job", help="a job's name: " + ", ".join(estimators))
     made.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
