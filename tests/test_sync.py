@@ -53,7 +53,13 @@ def test_what_is_sent(offline):
         assert json.loads(llmops("sync", killed.name, "--json", env=env)) == {killed.name: "sent"}
         assert json.loads(server.runs[killed.name]["config"])["lr"]["value"] == 1e-3
 
-def test_a_server_that_is_not_there_is_named_and_nothing_is_marked(offline, tmp_path):
+def test_what_did_not_arrive_is_not_marked(offline, tmp_path):
     folder = offline("20261120-120003-finetune-0004")
-    done = run_command("llmops", "sync", env={"WANDB_BASE_URL": "https://localhost.invalid", "WANDB_API_KEY": "", "NETRC": str(tmp_path/"netrc")})
-    assert done.returncode == 2 and "wandb login" in done.stderr and not list(folder.rglob("*.synced"))
+    done = run_command("llmops", "sync", env={"WANDB_API_KEY": "", "NETRC": str(tmp_path/"netrc")})
+    assert done.returncode == 2 and "wandb login" in done.stderr
+    with wandb_server(refuse=True) as (server, env): # wandb itself marks the run as sent here
+        done = run_command("llmops", "sync", "--json", env=env)
+        assert done.returncode == 1 and "Fatal error while uploading" in json.loads(done.stdout)[folder.name]
+    with wandb_server() as (server, env):
+        assert json.loads(llmops("sync", "--json", env=env)) == {folder.name: "sent"}
+        assert server.history(folder.name) == of_ledger(folder)

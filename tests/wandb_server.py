@@ -6,9 +6,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class Server(ThreadingHTTPServer):
     "Keeps each run's files as wandb does: a line by its number, so that a line sent again takes its own place."
-    def __init__(self, hold=lambda: None):
+    def __init__(self, hold=lambda: None, refuse=False):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.url, self.hold = f"http://127.0.0.1:{self.server_port}", hold
+        self.url, self.hold, self.refuse = f"http://127.0.0.1:{self.server_port}", hold, refuse
         self.runs, self.received, self.asked = {}, Counter(), Counter()  # run -> file -> line -> text; lines per run; operations
 
     def handle_error(self, request, client_address): pass  # a client that was killed
@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.server.hold()
             reply = {"exitcode": None, "limits": {}}
         text = json.dumps(reply).encode()
-        self.send_response(200)
+        self.send_response(404 if self.server.refuse and self.path.endswith("/file_stream") else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()

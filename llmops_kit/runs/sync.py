@@ -21,9 +21,10 @@ def offline_file(id:str,    # of a run
     last = max(run_folder(id).glob("wandb/*run-*/"), key=lambda o: re.sub(r"^\D*", "", o.name), default=None)
     return next(last.glob("*.wandb"), None) if last and last.name.startswith("offline-") else None
 
-def is_sent(file:Path)->bool: # wandb's own mark
-    "Has wandb sent this file to its end?"
-    return file.with_suffix(".wandb.synced").exists()
+def is_sent(file:Path)->bool: # what this module has written down; where it never began, wandb's own mark
+    "Is all of this file in wandb?"
+    state = file.with_suffix(".sync")
+    return state.read_text() == "sent" if state.exists() else file.with_suffix(".wandb.synced").exists()
 
 def unsent_runs(refs:list[str]=(), # runs that have ended; all finished ones, if none is given
                 )->dict[str, Path]: # id to file, oldest first
@@ -46,22 +47,25 @@ def sync_runs(refs:list[str]=(), # as for `unsent_runs`
     for n in range(0, len(waiting), _together):
         with ExitStack() as locks:
             mine = {id: file for id, file in waiting[n:n + _together] if _locked(file, locks) and not is_sent(file)}
-            said = _wandb_sync(list(mine.values())) if mine else ""
+            wrong = _wandb_sync(mine) if mine else {}
+            for id in mine.keys() - wrong.keys(): mine[id].with_suffix(".sync").write_text("sent")
         for id, file in waiting[n:n + _together]:
-            done[id] = ("sent" if is_sent(file) else f"not sent: {said}") if id in mine else "sent by another process"
+            done[id] = (f"not sent: {wrong[id]}" if id in wrong else "sent") if id in mine else "sent by another process"
             print(f"{len(done)}/{len(waiting)}  {id}  {done[id]}", file=stream, flush=True)
     return done
 
 def _locked(file, stack): # False: another process sends it
-    lock = stack.enter_context(open(file.with_suffix(".lock"), "a"))
+    lock = stack.enter_context(open(file.with_suffix(".sync"), "a"))
     try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: return False
     return True
 
-def _wandb_sync(files): # what wandb said last, for an error message
+def _wandb_sync(files): # id -> what wandb said, for those that did not arrive whole
+    for o in files.values(): o.with_suffix(".wandb.synced").unlink(missing_ok=True)
     with TemporaryDirectory() as aside:
         env = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}  # a process of its own, which ends with this one
         env |= {"WANDB_DIR": aside, "WANDB_CACHE_DIR": aside, "WANDB_DATA_DIR": aside, "WANDB_MODE": "online", "WANDB_SILENT": "false"}
-        ran = subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, files)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    told = [o for o in ran.stdout.splitlines() if "rror" in o or "ailed" in o]
-    return re.sub(r"\x1b\[[0-9;]*m", "", (told or ran.stdout.splitlines() or [f"wandb ended with {ran.returncode}"])[-1]).removeprefix("wandb: ")[:300]
+        ran = subprocess.run([sys.executable, "-m", "wandb", "sync", *map(str, files.values())], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    told = re.sub(r"\x1b\[[0-9;]*m", "", ran.stdout).splitlines() or [f"wandb ended with {ran.returncode}"]
+    errors = {id: [o for o in told if "ERROR" in o and f"/{id}]" in o] for id in files}
+    return {id: (errors[id] or told)[-1].removeprefix("wandb: ")[:300] for id, o in files.items() if errors[id] or not o.with_suffix(".wandb.synced").exists()}
