@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['estimators', 'jobs_command', 'run_command', 'estimate_command', 'runs_command', 'show_command', 'resume_command',
            'replay_command', 'diff_command', 'gate_command', 'report_command', 'demo_command', 'prune_command',
-           'graph_command', 'export_command', 'import_command', 'verify_notebooks_command', 'sweep_command',
-           'tune_command', 'parser', 'main']
+           'graph_command', 'export_command', 'import_command', 'sync_command', 'verify_notebooks_command',
+           'sweep_command', 'tune_command', 'parser', 'main']
 
 # %% ../../nbs/runs/cli.ipynb #c56cb72a
 import argparse, json, os, sys
@@ -223,6 +223,14 @@ def import_command(arguments):
     _print_json(made) if arguments.json else print(f"{made['run']}  {len(made['new'])} runs are new here, {len(made['already'])} were here already. To run it again: llmops replay {made['run']}")
     return 0
 
+def sync_command(arguments):
+    "Send finished offline runs to Weights & Biases, each exactly once; it may be stopped and repeated."
+    from llmops_kit.runs.sync import sync_runs
+    done = sync_runs(arguments.runs)
+    if arguments.json: _print_json(done)
+    elif not done: print("Every finished offline run is in Weights & Biases already.")
+    return 1 if any(o.startswith("not sent") for o in done.values()) else 0
+
 def verify_notebooks_command(arguments):
     "Run library notebooks and lessons, and compare what they store with what they show now. Exit code 0 only if all of it is true."
     from llmops_kit.runs.verify import notebooks_in, verify_notebooks
@@ -336,6 +344,7 @@ def parser()->argparse.ArgumentParser: # every command with its help
     made.add_argument("run", help=run_help)
     made.add_argument("--output", metavar="FILE", help="the file to write; RUN.tar.gz, if not given")
     command("import", import_command).add_argument("file", help="an archive made by `llmops export`")
+    command("sync", sync_command).add_argument("runs", nargs="*", metavar="run", help=f"{run_help}; all finished offline runs, if none is given")
     made = command("verify-notebooks", verify_notebooks_command)
     made.add_argument("paths", nargs="*", help="notebooks, or folders of them; the project's nbs, without its jobs, if none is given")
     made.add_argument("--flags", default="", metavar="FLAGS", help="run cells with these flags too, e.g. slow")
