@@ -86,6 +86,10 @@ stages:
     assert read_record(again["stages"]["third"]["run"])["metrics"]["n"] == 4
     once_more = json.loads(llmops("run", place/"s.yaml", "--json", env=env))
     assert {o["state"] for o in once_more["stages"].values()} == {"reused"} and len(list_runs()) == 3
+    report = json.loads(llmops("run", "study", "-p", "wandb", "off", "--json", env=env))
+    assert (report["metrics"]["stages"], report["metrics"]["stages/done"], report["parameters"]["study"]) == (3, 3, "s")
+    pictures = {m for c in nbformat.read(place/"runs"/report["id"]/"notebook.ipynb", 4).cells for o in c.get("outputs", ()) for m in o.get("data", {})}
+    assert {"image/png", "image/svg+xml"} <= pictures
 
 def test_a_wrong_study_runs_nothing(place):
     (place/"s.yaml").write_text("stages:\n  prepare: {parameters: {limit: 10}}\n  finetune: {parameters: {data: 'stage:prepar'}}\n")

@@ -85,6 +85,9 @@ def in_order(stages:list[Stage])->list[Stage]: # each after what it needs
             value = o.values.get(k, p.default)
             same = [s.name for s in stages if s is not o and isinstance(value, str) and f"latest:{s.job.name}" in value]
             if same: raise UserError(f"{k} of stage {o.name} is {value}, the newest run of before this study, while stage {same[0]} makes another one. Write `{k}: stage:{same[0]}`.")
+            if isinstance(value, str) and not stage_refs(value):
+                try: resolve_references({k: value})
+                except UserError as error: raise UserError(f"{k} of stage {o.name}: {error}") from None
     try: order = list(TopologicalSorter({o.name: o.needs for o in stages}).static_order())
     except CycleError as error: raise UserError(f"The stages wait for each other in a circle: {' needs '.join(reversed(error.args[1]))}. Take one of these away.") from None
     return [names[o] for o in order]
