@@ -15,6 +15,7 @@ from uuid import uuid4
 from .artifacts import write_atomic
 from .catalog import Job, has_tag, source_of
 from .environment import thread_count
+from .errors import UserError
 from .ledger import create_record, list_runs, read_record, run_folder, runs_dir, update_record
 from .secrets import Redactor, redact_notebook
 
@@ -154,6 +155,16 @@ class Stop:
             signal.alarm(0)
             for o, handler in before.items(): signal.signal(o, handler)
 
+def _check_language(nb, kernel_name):
+    from click import ClickException
+    from jupyter_client.kernelspec import KernelSpecManager
+    class Refused(UserError, ClickException): "papermill's command shows it as one line."
+    language = nb.metadata.get("kernelspec", {}).get("language") or nb.metadata.get("language_info", {}).get("name") or "python"
+    if language.lower() != "python":
+        raise Refused(f"This notebook is written in {language}, for the kernel {kernel_name}; the engine llmops runs Python notebooks. Leave out `--engine llmops` to run it.")
+    known = KernelSpecManager().find_kernel_specs()
+    if kernel_name not in known: raise Refused(f"There is no kernel {kernel_name} on this machine, only {', '.join(sorted(known))}. Name one: `papermill -k {min(known, default='python3')} …`.")
+
 class JobEngine:
     "papermill's engine `llmops`."
     # no subclass of papermill's Engine: papermill loads this module while it is itself half loaded
@@ -166,22 +177,26 @@ class JobEngine:
                          progress:ProgressLine|None=None,
                          redact:Redactor|None=None,      # knows the secrets; made from papermill's parameters, if not given
                          stop:Stop|None=None,            # gets the kernel, to interrupt it
+                         silence_timeout:float|None=None, heartbeat_timeout:int=60, activity=None, # of `WatchedClient`
                          **kwargs):
         "Execute a notebook in a kernel of its own."
         from nbclient.exceptions import DeadKernelError
-        from papermill.clientwrap import PapermillNotebookClient
         from papermill.log import logger
+        from llmops_kit.runs.kernel import WatchedClient
+        _check_language(nb, kernel_name)
         redact = redact or Redactor(nb.metadata.get("papermill", {}).get("parameters", {}))
         stop = stop or Stop()
         manager = _manager(nb, run_notebook or output_path, progress, redact, stop, progress_bar=progress_bar, log_output=log_output,
                            autosave_cell_every=autosave_cell_every)
         manager.notebook_start()
         try:
-            client = PapermillNotebookClient(manager, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name, log=logger,
-                                             log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file, config=_kernel_config())
+            client = WatchedClient(manager, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name, log=logger,
+                                   log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file, config=_kernel_config(),
+                                   silence_timeout=silence_timeout, heartbeat_timeout=heartbeat_timeout, activity=activity)
             stop.client = client
             with TemporaryFile() as said:  # what the kernel's process itself writes to stderr is noise, unless it dies
-                try: client.execute(env=dict(os.environ) | {"PYTHONHASHSEED": "0"} if env is None else env, stderr=said)
+                if env is None: env = {"OMP_NUM_THREADS": str(thread_count())} | os.environ | {"PYTHONHASHSEED": "0"}
+                try: client.execute(env=env, stderr=said)
                 except DeadKernelError as error:
                     said.seek(0)
                     raise DeadKernelError("\n".join([str(error), *redact.text(said.read().decode(errors="replace")).splitlines()[-12:]])) from None
