@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['estimators', 'jobs_command', 'run_command', 'estimate_command', 'runs_command', 'show_command', 'resume_command',
-           'replay_command', 'diff_command', 'gate_command', 'demo_command', 'parser', 'main']
+           'replay_command', 'diff_command', 'gate_command', 'warm_command', 'demo_command', 'parser', 'main']
 
 # %% ../../nbs/runs/cli.ipynb #c56cb72a
 import argparse, json, os, sys
@@ -52,7 +52,8 @@ def run_command(arguments):
     from llmops_kit.runs.show import run_text
     job = load_job(arguments.job)
     values, given = _values(job, arguments)
-    record = execute_job(job, values, given, **({"name": arguments.name} if arguments.name else {}))
+    limits = {k: v for k, v in (("cell_seconds", arguments.cell_timeout), ("silence_seconds", arguments.silence_timeout)) if v}
+    record = execute_job(job, values, given, **({"name": arguments.name} if arguments.name else {}), **({"limits": limits} if limits else {}))
     _print_json(record) if arguments.json else print(run_text(record))
     return 0 if record["status"] == "finished" else 1
 
@@ -136,6 +137,18 @@ def gate_command(arguments):
         for o in found["rules"]: print(f"  {'passed ' if o['passed'] else 'BLOCKED'}  {o['rule']}: {o['reason']}")
     return 1 if blocked else 0
 
+# %% ../../nbs/runs/cli.ipynb #8feebd51
+def warm_command(arguments):
+    "Start the parent process that kernels are forked from, and say how it is."
+    from llmops_kit.runs.warm import cool_down, kernel_environment, warm_up
+    if arguments.stop:
+        stopped = cool_down()
+        _print_json({"stopped": stopped}) if arguments.json else print(f"{stopped} stopped")
+        return 0
+    found = warm_up(kernel_environment(), [sys.executable])
+    _print_json(found) if arguments.json else print(f"warm: process {found['pid']}, {found['kernels']} kernels, imports took {found['import_seconds']} s once")
+    return 0
+
 # %% ../../nbs/runs/cli.ipynb #3acacbbd
 _demo_next = """
 Next
@@ -189,6 +202,8 @@ def parser()->argparse.ArgumentParser: # every command with its help
     made.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
     made.add_argument("-f", "--file", metavar="FILE", help="YAML file of parameters; -p wins over it")
     made.add_argument("--name", help="a name of your own for the run")
+    made.add_argument("--cell-timeout", type=int, metavar="S", help="a cell that runs for more than S seconds fails the run")
+    made.add_argument("--silence-timeout", type=float, metavar="S", help="S seconds without output, history or progress fail the run")
     made = command("estimate", estimate_command)
     made.add_argument("job", help="a job's name: " + ", ".join(estimators))
     made.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
@@ -211,6 +226,7 @@ def parser()->argparse.ArgumentParser: # every command with its help
     made.add_argument("run", help=run_help)
     made.add_argument("--policy", required=True, metavar="FILE", help="YAML file: rules with metric, slice, minimum, maximum, largest_loss, and the baseline run")
     command("demo", demo_command)
+    command("warm", warm_command).add_argument("--stop", action="store_true", help="no more kernels; those that run go on to their end")
     return top
 
 def main(arguments=None)->int: # the process's arguments, if none are given

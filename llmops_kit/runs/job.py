@@ -143,7 +143,7 @@ class Run:
         atexit.register(self._leave)
         cls.current = self
         self.seed = self.parameters.get("seed", 0)
-        self._update(seeds=seed_everything(self.seed), kernel=this_process())
+        self._update(seeds=seed_everything(self.seed), kernel=this_process() | {"start": os.environ.get("LLMOPS_KERNEL", "by another engine")})
         self.tracker = Tracker(self.id, job, self.folder, self.parameters, tracking_mode(self.parameters.get("wandb", "auto")))
         self._update(tracking=self.tracker.state)
         if self.tracker.state.get("error"): self.warn(f"Weights & Biases ({self.tracker.state['mode']}): {self.tracker.state['error']}")

@@ -42,9 +42,8 @@ class WarmProvisioner(LocalProvisioner):
         if isinstance(found, Forked):
             self.process, self.pid, self.pgid = found, found.pid, found.pid
             return ""
-        if found: return found["refused"]
-        self._next = place, dict(env), command
-        return "no warm parent was there"
+        if not found or found["stopping"]: self._next = place, dict(env), command
+        return found["refused"] if found else "no warm parent was there"
 
     async def cleanup(self, restart=False):
         "After the kernel's end."
