@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WarmProvisioner', 'WarmClient', 'WarmManager', 'WatchedClient']
 
-# %% ../../nbs/runs/kernel.ipynb #99abd7de
+# %% ../../nbs/runs/kernel.ipynb #35fea31b
 import asyncio, os, signal, subprocess, time
 from queue import Empty
 from uuid import uuid4
@@ -18,7 +18,7 @@ from papermill.clientwrap import PapermillNotebookClient
 from traitlets import default
 from .warm import Forked, ask, cannot_fork, start_for_next, warm_place
 
-# %% ../../nbs/runs/kernel.ipynb #0d618c5e
+# %% ../../nbs/runs/kernel.ipynb #64c06042
 class WarmProvisioner(LocalProvisioner):
     "Kernels forked from the warm parent; started clean where that cannot be."
     why = "" # a clean start; empty: forked
@@ -51,7 +51,7 @@ class WarmProvisioner(LocalProvisioner):
         if self._next and not restart: start_for_next(*self._next)
         self._next = None
 
-# %% ../../nbs/runs/kernel.ipynb #9c2061e6
+# %% ../../nbs/runs/kernel.ipynb #3106624b
 class WarmClient(AsyncKernelClient):
     "A client that is ready when the kernel is."
     async def _async_wait_for_ready(self, timeout=None):
@@ -82,7 +82,7 @@ class WarmManager(AsyncKernelManager):
 
     async def _async_wait(self, pollinterval=0.1): await super()._async_wait(min(pollinterval, 0.005))
 
-# %% ../../nbs/runs/kernel.ipynb #5b655198
+# %% ../../nbs/runs/kernel.ipynb #681e718e
 class WatchedClient(PapermillNotebookClient):
     "papermill's client, which notices a kernel that does not go on, and names the cell."
     def __init__(self, manager, *,

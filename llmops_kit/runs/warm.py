@@ -7,7 +7,7 @@ __all__ = ['preloaded', 'idle_seconds', 'import_noting', 'looks_like_a_kernel', 
            'unsafe_to_fork', 'Parent', 'serve', 'Forked', 'ask', 'cannot_fork', 'start_parent', 'start_for_next',
            'kernel_environment', 'warm_up', 'cool_down']
 
-# %% ../../nbs/runs/warm.ipynb #34684fa0
+# %% ../../nbs/runs/warm.ipynb #d430e28f
 import fcntl, json, os, resource, select, selectors, signal, socket, struct, subprocess, sys, time
 from collections import deque
 from contextlib import contextmanager
@@ -16,10 +16,11 @@ from pathlib import Path
 from .artifacts import canonical_json, sha256_of, sha256_text
 from .errors import UserError
 
-# %% ../../nbs/runs/warm.ipynb #7154591e
+# %% ../../nbs/runs/warm.ipynb #463126c5
 preloaded = ("numpy", "pandas", "pyarrow", "scipy.stats", "sklearn.metrics", "torch", "transformers", "transformers.trainer", "transformers.models.llama.modeling_llama",
              "accelerate", "peft", "datasets", "wandb", "matplotlib", "matplotlib.figure", "sacrebleu", "threadpoolctl", "psutil", "tqdm.auto")
-_of_kernels = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.debugger", "IPython.core.completerlib", "IPython.extensions.storemagic", "tornado.platform.asyncio", "sqlite3", "ipywidgets")
+_of_kernels = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.debugger", "IPython.core.completerlib", "IPython.extensions.storemagic", "IPython.core.debugger", "tornado.platform.asyncio",
+               "sqlite3", "ipywidgets")
 
 def import_noting(modules:tuple, # names; those that are not installed are passed over
                   )->tuple[dict, dict]: # variables that were asked for, with their values before; variables that imports set
@@ -56,7 +57,7 @@ def looks_like_a_kernel(): # progress bars choose their form while they are impo
     try: yield magics
     finally: IPython.get_ipython, shell = real, None
 
-# %% ../../nbs/runs/warm.ipynb #9da6311d
+# %% ../../nbs/runs/warm.ipynb #34ee72b4
 _in_c = ("PATH", "PYTHON", "LD_", "LC_", "LANG", "TZ", "GLIBC_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "ATEN_", "TORCH", "PYTORCH_", "CUDA_", "NVIDIA_",
          "NCCL_", "HIP_", "ROCR_", "HSA_", "ARROW_", "RAYON_", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 _given_again = {"OMP_NUM_THREADS", "MPLBACKEND", "JPY_PARENT_PID", "JPY_INTERRUPT_EVENT", "JPY_SESSION_NAME"} # per kernel: see below
@@ -87,7 +88,7 @@ def warm_place(env:dict, command:list)->Path: # of the socket
     "Where the parent for kernels with this environment listens."
     return warm_folder()/sha256_text(canonical_json(surroundings(env, command)))[:16]
 
-# %% ../../nbs/runs/warm.ipynb #abd16b9d
+# %% ../../nbs/runs/warm.ipynb #f8a6fba4
 _inline = "module://matplotlib_inline.backend_inline" # what ipykernel sets where nothing is set
 
 def _become(request, files, made): # the environment and the process that a clean start would have
@@ -137,7 +138,7 @@ def _run_kernel(request, files, parent, line): # never returns
             except BaseException: traceback.print_exc(file=sys.__stderr__)
         os._exit(code)
 
-# %% ../../nbs/runs/warm.ipynb #bee51131
+# %% ../../nbs/runs/warm.ipynb #a094b89d
 idle_seconds = 600 # without a kernel; then the parent ends
 
 def unsafe_to_fork()->str: # empty: safe
@@ -254,7 +255,7 @@ def serve(place:str): # the socket's path
         except BlockingIOError: return # another one is there, or starting
         Parent(place).listen()
 
-# %% ../../nbs/runs/warm.ipynb #aeebf9fe
+# %% ../../nbs/runs/warm.ipynb #78332f17
 class Forked:
     "A kernel's process as its caller sees it: what `subprocess.Popen` is for a process of one's own."
     stdin = stdout = stderr = None
