@@ -8,7 +8,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from papermill.__main__ import papermill as command
 from conftest import kill_tree, llmops, start_llmops, wait_until
 from llmops_kit.runs import engine
-from llmops_kit.runs.warm import Forked, ask, kernel_environment, surroundings, warm_place
+from llmops_kit.runs.forked import ask, kernel_environment, warm_place
 
 PARENT = "import sys; from llmops_kit.runs.warm import Parent; Parent(sys.argv[1], ('numpy', 'threadpoolctl')).listen()"
 
@@ -218,3 +218,20 @@ def test_silence_fails_a_run(tmp_path, parent):
     process.communicate(timeout=60)
     record = json.loads(llmops("runs", "--json", env={"LLMOPS_RUNS": str(tmp_path/"runs")}))[0]
     assert process.returncode == 1 and record["status"] == "failed" and "No output and no progress for 1.5 seconds, in cell 3 of 3: time.sleep(600)" in record["error"]["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_a_replay_by_a_forked_kernel_gives_the_same_bytes(threads, tmp_path):
+    with tempfile.TemporaryDirectory() as runtime:
+        env = {"LLMOPS_RUNS": str(tmp_path/"runs"), "JUPYTER_RUNTIME_DIR": runtime, "OMP_NUM_THREADS": threads, "WANDB_MODE": "offline"}
+        small = {"max_steps": 6, "train_examples": 60, "validation_examples": 20, "eval_every": 3, "max_new_tokens": 4, "certify": "off"}
+        clean = json.loads(llmops("run", "finetune", *(str(o) for k, v in small.items() for o in ("-p", k, v)), "--json", env=env))
+        warm = env | {"LLMOPS_WARM": "1"}
+        try:
+            llmops("warm", env=warm)
+            assert "agrees with" in llmops("replay", clean["id"], env=warm)
+            again = json.loads(llmops("runs", "--json", env=env))[0]
+            assert (clean["kernel"]["start"], again["kernel"]["start"]) == ("LLMOPS_WARM is 0", "forked")
+            assert clean["environment"]["threads_used"] == again["environment"]["threads_used"] == int(threads)
+        finally: llmops("warm", "--stop", env=warm)

@@ -140,7 +140,7 @@ def gate_command(arguments):
 # %% ../../nbs/runs/cli.ipynb #8feebd51
 def warm_command(arguments):
     "Start the parent process that kernels are forked from, and say how it is."
-    from llmops_kit.runs.warm import cool_down, kernel_environment, warm_up
+    from llmops_kit.runs.forked import cool_down, kernel_environment, warm_up
     if arguments.stop:
         stopped = cool_down()
         _print_json({"stopped": stopped}) if arguments.json else print(f"{stopped} stopped")

@@ -17,7 +17,7 @@ from .catalog import Job, has_tag, source_of
 from .errors import UserError
 from .ledger import create_record, list_runs, read_record, run_folder, runs_dir, update_record
 from .secrets import Redactor, redact_notebook
-from .warm import kernel_environment
+from .forked import kernel_environment
 
 # %% ../../nbs/runs/engine.ipynb #9275fe7b
 def cell_seconds(job:str)->list[float]|None: # one per cell of the last finished run; None if there is none

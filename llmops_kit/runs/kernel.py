@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WarmProvisioner', 'WarmClient', 'WarmManager', 'WatchedClient']
 
-# %% ../../nbs/runs/kernel.ipynb #35fea31b
+# %% ../../nbs/runs/kernel.ipynb #89509a12
 import asyncio, os, signal, subprocess, time
 from queue import Empty
 from uuid import uuid4
@@ -16,9 +16,9 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_output
 from papermill.clientwrap import PapermillNotebookClient
 from traitlets import default
-from .warm import Forked, ask, cannot_fork, start_for_next, warm_place
+from .forked import Forked, ask, cannot_fork, start_for_next, warm_place
 
-# %% ../../nbs/runs/kernel.ipynb #64c06042
+# %% ../../nbs/runs/kernel.ipynb #8c07555a
 class WarmProvisioner(LocalProvisioner):
     "Kernels forked from the warm parent; started clean where that cannot be."
     why = "" # a clean start; empty: forked
@@ -51,7 +51,7 @@ class WarmProvisioner(LocalProvisioner):
         if self._next and not restart: start_for_next(*self._next)
         self._next = None
 
-# %% ../../nbs/runs/kernel.ipynb #3106624b
+# %% ../../nbs/runs/kernel.ipynb #c328e994
 class WarmClient(AsyncKernelClient):
     "A client that is ready when the kernel is."
     async def _async_wait_for_ready(self, timeout=None):
@@ -82,7 +82,7 @@ class WarmManager(AsyncKernelManager):
 
     async def _async_wait(self, pollinterval=0.1): await super()._async_wait(min(pollinterval, 0.005))
 
-# %% ../../nbs/runs/kernel.ipynb #681e718e
+# %% ../../nbs/runs/kernel.ipynb #5f6c24d2
 class WatchedClient(PapermillNotebookClient):
     "papermill's client, which notices a kernel that does not go on, and names the cell."
     def __init__(self, manager, *,
