@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
+os.environ["LLMOPS_WARM"] = "0" # a test says itself when it wants a warm parent
 
 def run_command(*command, cwd=None, env=None):
     "Run a command as one would with the environment activated; what it printed and its exit code."

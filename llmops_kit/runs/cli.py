@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['estimators', 'jobs_command', 'run_command', 'estimate_command', 'runs_command', 'show_command', 'resume_command',
-           'replay_command', 'diff_command', 'gate_command', 'report_command', 'demo_command', 'prune_command',
-           'graph_command', 'export_command', 'import_command', 'sync_command', 'verify_notebooks_command',
-           'sweep_command', 'tune_command', 'parser', 'main']
+           'replay_command', 'diff_command', 'gate_command', 'report_command', 'warm_command', 'demo_command',
+           'prune_command', 'graph_command', 'export_command', 'import_command', 'sync_command',
+           'verify_notebooks_command', 'sweep_command', 'tune_command', 'parser', 'main']
 
 # %% ../../nbs/runs/cli.ipynb #c56cb72a
 import argparse, json, os, sys
@@ -56,7 +56,8 @@ def run_command(arguments):
     if arguments.on != "local" or arguments.workers != 1: raise UserError("--on and --workers are for the stages of a study: llmops run FILE.yaml, sweep and tune.")
     job = load_job(arguments.job)
     values, given = _values(job, arguments)
-    record, reused = run_or_reuse(job, values, given, fresh=arguments.fresh, threads=arguments.threads, **({"name": arguments.name} if arguments.name else {}))
+    limits = {k: v for k, v in (("cell_seconds", arguments.cell_timeout), ("silence_seconds", arguments.silence_timeout)) if v}
+    record, reused = run_or_reuse(job, values, given, fresh=arguments.fresh, threads=arguments.threads, **({"name": arguments.name} if arguments.name else {}), **({"limits": limits} if limits else {}))
     if reused: print(f"{job.name} was run before with this code, these parameters and inputs, on this machine's packages: {record['id']}. To run it again: --fresh.", file=sys.stderr)
     _print_json(record | {"reused": reused}) if arguments.json else print(run_text(record))
     return 0 if record["status"] == "finished" else 1
@@ -148,6 +149,18 @@ def report_command(arguments):
     from llmops_kit.runs.page import write_page
     path = write_page(arguments.run, arguments.output)
     _print_json({"path": str(path)}) if arguments.json else print(path)
+    return 0
+
+# %% ../../nbs/runs/cli.ipynb #1c2da0a3
+def warm_command(arguments):
+    "Start the parent process that kernels are forked from, and say how it is."
+    from llmops_kit.runs.forked import cool_down, kernel_environment, warm_up
+    if arguments.stop:
+        stopped = cool_down()
+        _print_json({"stopped": stopped}) if arguments.json else print(f"{stopped} stopped")
+        return 0
+    found = warm_up(kernel_environment(), [sys.executable])
+    _print_json(found) if arguments.json else print(f"warm: process {found['pid']}, {found['kernels']} kernels, imports took {found['import_seconds']} s once")
     return 0
 
 # %% ../../nbs/runs/cli.ipynb #3acacbbd
@@ -322,6 +335,8 @@ def parser()->argparse.ArgumentParser: # every command with its help
     made.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
     made.add_argument("-f", "--file", metavar="FILE", help="YAML file of parameters; -p wins over it")
     _study_grammar(command)(made)
+    made.add_argument("--cell-timeout", type=int, metavar="S", help="a cell that runs for more than S seconds fails the run")
+    made.add_argument("--silence-timeout", type=float, metavar="S", help="S seconds without output, history or progress fail the run")
     made = command("estimate", estimate_command)
     made.add_argument("job", help="a job's name: " + ", ".join(estimators))
     made.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter; may be repeated")
@@ -367,6 +382,7 @@ def parser()->argparse.ArgumentParser: # every command with its help
     made.add_argument("run", help=run_help)
     made.add_argument("--output", default="", metavar="FILE", help="the page's file; report.html in the run's folder, if not given")
     command("demo", demo_command)
+    command("warm", warm_command).add_argument("--stop", action="store_true", help="no more kernels; those that run go on to their end")
     return top
 
 def main(arguments=None)->int: # the process's arguments, if none are given

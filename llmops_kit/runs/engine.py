@@ -14,9 +14,10 @@ from tempfile import TemporaryFile
 from uuid import uuid4
 from .artifacts import write_atomic
 from .catalog import Job, has_tag, source_of
-from .environment import thread_count
+from .errors import UserError
 from .ledger import create_record, list_runs, read_record, run_folder, runs_dir, update_record
 from .secrets import Redactor, redact_notebook
+from .forked import kernel_environment
 
 # %% ../../nbs/runs/engine.ipynb #9275fe7b
 def cell_seconds(job:str)->list[float]|None: # one per cell of the last finished run; None if there is none
@@ -100,11 +101,14 @@ class ProgressLine:
 # %% ../../nbs/runs/engine.ipynb #5a7bc666
 def _manager(nb, output_path, progress, redact, stop, **options):
     from papermill.engines import NotebookExecutionManager
+    from papermill.iorw import write_ipynb
     class Manager(NotebookExecutionManager):
         def save(self, **kwargs):
             if output_path:
                 # a copy, since cells that have not run yet still need their secrets
-                write_atomic(output_path, json.dumps(redact_notebook(deepcopy(self.nb), redact), indent=1, ensure_ascii=False) + "\n")
+                notebook = redact_notebook(deepcopy(self.nb), redact)
+                if "://" in str(output_path): write_ipynb(notebook, output_path) # papermill's own stores
+                else: write_atomic(output_path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
             self.last_save_time = self.now()
         def cell_start(self, cell, *args, **kwargs):
             if stop.asked: raise KeyboardInterrupt  # between two cells the kernel does not hear it
@@ -113,7 +117,13 @@ def _manager(nb, output_path, progress, redact, stop, **options):
         def notebook_complete(self, **kwargs):
             redact_notebook(self.nb, redact)  # papermill writes this object once more itself
             super().notebook_complete(**kwargs)
+            if output_path and "://" not in str(output_path): _check_written(Path(output_path), self.nb)
     return Manager(nb, output_path=output_path, **options)
+
+def _check_written(path, nb): # some file systems lose the end of a file without an error
+    try: found = len(json.loads(path.read_text())["cells"])
+    except (OSError, ValueError, KeyError) as error: raise OSError(f"The executed notebook {path} was written, and cannot be read back: {error}") from None
+    if found != len(nb.cells): raise OSError(f"The executed notebook {path} has {found} of its {len(nb.cells)} cells on disk.")
 
 def _kernel_config():
     from jupyter_core.paths import jupyter_runtime_dir
@@ -154,6 +164,16 @@ class Stop:
             signal.alarm(0)
             for o, handler in before.items(): signal.signal(o, handler)
 
+def _check_language(nb, kernel_name):
+    from click import ClickException
+    from jupyter_client.kernelspec import KernelSpecManager
+    class Refused(UserError, ClickException): "papermill's command shows it as one line."
+    language = nb.metadata.get("kernelspec", {}).get("language") or nb.metadata.get("language_info", {}).get("name") or "python"
+    if language.lower() != "python":
+        raise Refused(f"This notebook is written in {language}, for the kernel {kernel_name}; the engine llmops runs Python notebooks. Leave out `--engine llmops` to run it.")
+    known = KernelSpecManager().find_kernel_specs()
+    if kernel_name not in known: raise Refused(f"There is no kernel {kernel_name} on this machine, only {', '.join(sorted(known))}. Name one: `papermill -k {min(known, default='python3')} …`.")
+
 class JobEngine:
     "papermill's engine `llmops`."
     # no subclass of papermill's Engine: papermill loads this module while it is itself half loaded
@@ -166,22 +186,25 @@ class JobEngine:
                          progress:ProgressLine|None=None,
                          redact:Redactor|None=None,      # knows the secrets; made from papermill's parameters, if not given
                          stop:Stop|None=None,            # gets the kernel, to interrupt it
+                         silence_timeout:float|None=None, heartbeat_timeout:int=60, activity=None, # of `WatchedClient`
                          **kwargs):
         "Execute a notebook in a kernel of its own."
         from nbclient.exceptions import DeadKernelError
-        from papermill.clientwrap import PapermillNotebookClient
         from papermill.log import logger
+        from llmops_kit.runs.kernel import WatchedClient
+        _check_language(nb, kernel_name)
         redact = redact or Redactor(nb.metadata.get("papermill", {}).get("parameters", {}))
         stop = stop or Stop()
         manager = _manager(nb, run_notebook or output_path, progress, redact, stop, progress_bar=progress_bar, log_output=log_output,
                            autosave_cell_every=autosave_cell_every)
         manager.notebook_start()
         try:
-            client = PapermillNotebookClient(manager, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name, log=logger,
-                                             log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file, config=_kernel_config())
+            client = WatchedClient(manager, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name, log=logger,
+                                   log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file, config=_kernel_config(),
+                                   silence_timeout=silence_timeout, heartbeat_timeout=heartbeat_timeout, activity=activity)
             stop.client = client
             with TemporaryFile() as said:  # what the kernel's process itself writes to stderr is noise, unless it dies
-                try: client.execute(env=dict(os.environ) | {"PYTHONHASHSEED": "0"} if env is None else env, stderr=said)
+                try: client.execute(env=kernel_environment() if env is None else env, stderr=said)
                 except DeadKernelError as error:
                     said.seek(0)
                     raise DeadKernelError("\n".join([str(error), *redact.text(said.read().decode(errors="replace")).splitlines()[-12:]])) from None
@@ -228,9 +251,12 @@ def execute_record(job:Job, # what to run
     env = {k: v for k, v in os.environ.items() if k not in ("JPY_SESSION_NAME", "LLMOPS_RUN")}
     env |= {"LLMOPS_RUN": id, "LLMOPS_RUNS": str(runs_dir()), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": str(record["environment"]["threads"])}
     progress = None if quiet else ProgressLine(job.name, job.notebook["cells"], folder, cell_seconds(job.name))
-    stop = Stop()
+    stop, limits = Stop(), record.get("limits", {})
+    def activity(): return max((o.stat().st_mtime for o in map(folder.joinpath, ("run.json", "metrics.jsonl", ".progress.json")) if o.exists()), default=0.0)
     try:
-        with stop.listening(), (progress.ticking() if progress else nullcontext()): _papermill(job, values, folder, env=env, progress=progress, redact=redact, stop=stop)
+        with stop.listening(), (progress.ticking() if progress else nullcontext()): _papermill(
+            job, values, folder, env=env, progress=progress, redact=redact, stop=stop, activity=activity,
+            execution_timeout=limits.get("cell_seconds"), silence_timeout=limits.get("silence_seconds"))
     except BaseException as error: _end(id, error, stop.asked, redact)
     else: _end(id, None, stop.asked, redact)
     record = read_record(id)

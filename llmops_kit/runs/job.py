@@ -151,7 +151,7 @@ class Run:
         atexit.register(self._leave)
         cls.current = self
         self.seed = self.parameters.get("seed", 0)
-        self._update(seeds=seed_everything(self.seed), kernel=this_process())
+        self._update(seeds=seed_everything(self.seed), kernel=this_process() | {"start": os.environ.get("LLMOPS_KERNEL", "by another engine")})
         if self.record.get("study"): os.environ.setdefault("WANDB_RUN_GROUP", self.record["study"])  # wandb's own name for what belongs together
         self.tracker = Tracker(self.id, job, self.folder, self.parameters, tracking_mode(self.parameters.get("wandb", "auto")))
         self._update(tracking=self.tracker.state)
