@@ -11,6 +11,7 @@ import torch
 import llmops_kit.evaluation.answer_store as answers_module
 import llmops_kit.evaluation.decoding as decoding
 import llmops_kit.evaluation.engine as engine
+import llmops_kit.training.hotpath as hotpath
 from llmops_kit.evaluation.answer_store import Answers, loaded_digests
 from llmops_kit.evaluation.batch_invariance import batch_invariance, cache_certificate
 from llmops_kit.evaluation.decoding import Room, decode
@@ -112,7 +113,7 @@ def test_planted_bugs_fail(plant, monkeypatch):
 
 def test_the_engine_notices_broken_kernels_by_itself(monkeypatch):
     lm = family("llama")
-    monkeypatch.setattr(engine, "norm_forward", lambda module: (lambda x: x) if "RMSNorm" in type(module).__name__ else None)
+    monkeypatch.setattr(hotpath, "norm_forward", lambda module: (lambda x: x) if "RMSNorm" in type(module).__name__ else None)
     with engine.scoring_path(lm) as path: assert path.replaced == {} and path.shares
     siblings_seen(monkeypatch)
     with engine.scoring_path(lm) as path: assert not path.shares
