@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from .artifacts import Artifact, canonical_json, sha256_of, sha256_text, write_atomic
 from .errors import UserError, nearest
-from .run_index import open_index, run_id_pattern
+from .run_index import ask, run_id_pattern
 
 # %% ../../nbs/runs/ledger.ipynb #bea7a9f9
 def runs_dir()->Path: # `$LLMOPS_RUNS`, or `runs/` at the top of the project
@@ -178,8 +178,7 @@ def run_ids()->list[str]: # newest first
 def ask_index(question:str,  # SQL
               *values)->list[tuple]: # the rows
     "Ask the index of this ledger; see there for its tables."
-    if not runs_dir().is_dir(): return []
-    with open_index(runs_dir(), read_record) as db: return db.execute(question, values).fetchall()
+    return ask(runs_dir(), read_record, question, values) if runs_dir().is_dir() else []
 
 def _job_part(job): return re.sub(r"[^A-Za-z0-9_]+", "_", job)  # of an id
 
