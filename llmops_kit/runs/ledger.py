@@ -184,7 +184,7 @@ def _job_part(job): return re.sub(r"[^A-Za-z0-9_]+", "_", job)  # of an id
 
 def list_runs(job:str|None=None,    # of this job only
               status:str|None=None, # with this status only
-              short:bool=False,     # without metrics, inputs, outputs and whatever else a list on the terminal does not show
+              short:bool=False,     # only what a list on the terminal shows: no metrics, inputs or outputs, and only the given parameters
               )->list[dict]:        # newest first; whole records, but for the packages: those are `read_record`'s
     "The records of all runs, of one job or one status if asked."
     where, values = ["true"], []

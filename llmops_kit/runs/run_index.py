@@ -13,12 +13,12 @@ from .artifacts import write_atomic
 from .errors import UserError
 
 # %% ../../nbs/runs/run_index.ipynb #d509dbe7
-shown = ("id", "job", "name", "status", "started", "finished", "seconds", "given", "parameters", "error", "process")
+shown = ("id", "job", "status", "started", "seconds", "given")
 
-def brief(record:dict)->tuple[dict, dict]: # what a list shows; the rest without packages, parameter types and seal
+def brief(record:dict)->tuple[dict, dict]: # what a list shows, of the parameters those that were given; the rest, without packages, parameter types and seal
     "A record as the index keeps it."
-    head = {k: record[k] for k in shown if k in record}
-    body = {k: v for k, v in record.items() if k not in head and k not in ("parameter_types", "seal")}
+    head = {k: record[k] for k in shown if k in record} | {"parameters": {k: v for k, v in record.get("parameters", {}).items() if k in record.get("given", ())}}
+    body = {k: v for k, v in record.items() if k not in shown and k not in ("parameter_types", "seal")}
     if body.get("environment"): body["environment"] = {k: v for k, v in body["environment"].items() if k != "packages"}
     return head, body
 
@@ -50,7 +50,7 @@ def stamps(folder:Path, # of all runs
             found[o.name] = f"{at.st_ctime_ns} {at.st_size} {at.st_ino}" if now - at.st_ctime_ns > 2_000_000_000 else ""
     return found
 
-_tables = 1 # their version: an index with another one is made again
+_tables = 2 # their version: an index with another one is made again
 _create = """create table runs(id text primary key, stamp text, job text, status text, head text) without rowid;
 create table bodies(id text primary key, body text);
 create table links(run text, other text, name text, primary key(run, other)) without rowid;
@@ -69,7 +69,7 @@ def _refresh(db, folder, read):
         try: record = read(id)
         except UserError:
             if not (folder/id/"run.json").exists(): gone.append((id,)); continue  # deleted a moment ago
-            record = {"id": id, "job": id.split("-")[2], "status": "unreadable"}
+            record = {"id": id, "status": "unreadable"}
         rows.append((id, stamp, id.split("-")[2], record["status"], *map(_text, brief(record)), links_of(record)))
     if not gone and not rows: return
     changed = [*gone, *((o[0],) for o in rows)]
