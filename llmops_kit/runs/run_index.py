@@ -17,7 +17,8 @@ shown = ("id", "job", "status", "started", "seconds", "given")
 
 def split_record(record:dict)->tuple[dict, dict, dict]: # what a list shows, of the parameters those that were given; the rest; the packages, whose digest stands in the rest
     "A record as the index keeps it."
-    head = {k: record[k] for k in shown if k in record} | {"parameters": {k: v for k, v in record.get("parameters", {}).items() if k in record.get("given", ())}}
+    head = {k: record[k] for k in shown if k in record}
+    if "parameters" in record: head["parameters"] = {k: v for k, v in record["parameters"].items() if k in record.get("given", ())}
     body, packages = {k: v for k, v in record.items() if k not in shown}, {}
     if (body.get("environment") or {}).get("packages"):
         packages = body["environment"]["packages"]
