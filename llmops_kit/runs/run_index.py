@@ -9,7 +9,7 @@ __all__ = ['shown', 'run_id_pattern', 'split_record', 'whole_records', 'links_of
 import fcntl, json, os, re, sqlite3, time
 from contextlib import closing
 from pathlib import Path
-from .artifacts import canonical_json, sha256_text, write_atomic
+from .artifacts import canonical_json, sha256_text
 from .errors import UserError
 
 # %% ../../nbs/runs/run_index.ipynb #d509dbe7
@@ -42,6 +42,7 @@ def links_of(record:dict)->dict[str, str]: # id of another run to what it is to 
              if isinstance(o, str) for o in o.split(","))
     found = {id: name for id, name in named if run_id_pattern.fullmatch(id)}
     found |= {o["run"]: o["name"] for o in record.get("inputs", ()) if o.get("run")}
+    found |= {o["run"]: name for name, o in record.get("stages", {}).items() if o.get("run")}
     if record.get("replay_of"): found[record["replay_of"]] = "replay of"
     found.pop(record["id"], None)
     return found
