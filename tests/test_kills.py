@@ -45,7 +45,7 @@ def killed(job, whole, env, kill):
     "A run of the job, killed by `kill(process, folder)` as soon as it has a record, and resumed."
     runs = Path(env["LLMOPS_RUNS"])
     before = set(runs.glob("2*"))
-    process = start_llmops("run", *arguments(job, whole), env=env)
+    process = start_llmops("run", *arguments(job, whole), "--fresh", env=env)
     new = lambda: [o for o in runs.glob("2*") if o not in before and (o/"run.json").exists()]
     wait_until(new, process)
     folder = new()[0]
@@ -97,7 +97,7 @@ def test_killed_at_twenty_random_moments(whole, env):
 def test_wandb_after_three_kills(whole, env):
     "Killed, resumed, killed, resumed, killed, resumed: one run, each step once, each value as without."
     runs, before = Path(env["LLMOPS_RUNS"]), set(Path(env["LLMOPS_RUNS"]).glob("2*"))
-    process = start_llmops("run", *arguments("finetune", whole), env=env)
+    process = start_llmops("run", *arguments("finetune", whole), "--fresh", env=env)
     lines = lambda o: len((o/"metrics.jsonl").read_text().splitlines()) if (o/"metrics.jsonl").exists() else 0
     new = lambda: [o for o in runs.glob("2*") if o not in before and (o/"run.json").exists()]
     wait_until(new, process)

@@ -148,7 +148,7 @@ def test_another_machine_replays_from_an_archive(ledger, tmp_path, monkeypatch):
     (tmp_path/"mine").mkdir()
     (tmp_path/"mine"/"rows.txt").write_text("3 1 2")
     first = job(tmp_path/"sort.ipynb", f'rows: str = ""', 'text = run.use("rows", Path(rows)) and Path(rows).read_text()\n(run.folder/"s.txt").write_text(" ".join(sorted(text.split())))\n'
-                'run.save("sorted.txt", run.folder/"s.txt"); run.save("other.bin", Path(rows)); run.finish({"count": len(text.split())})')
+                'run.save("sorted.txt", run.folder/"s.txt"); (run.folder/"o.bin").write_text("other"); run.save("other.bin", run.folder/"o.bin"); run.finish({"count": len(text.split())})')
     second = job(tmp_path/"noise.ipynb", 'source: str = ""', 'from types import SimpleNamespace\nfound = find_output(source, "file", "sorted.txt")\nrun.use("source", SimpleNamespace(artifact=found))',
                  'x = float(Path(found.path).read_text().split()[0]) + np.random.normal()\nrun.log({"x": x}, 1)\nrun.finish({"x": x})')
     made = json.loads(llmops("run", first, "-p", "rows", tmp_path/"mine"/"rows.txt", "--json"))["id"]

@@ -65,7 +65,7 @@ def export_run(ref:str,                 # a run that has ended
     manifest = {"archive": 1, "run": id, "runs": runs, "files": {name: sha256_of(path) for name, path in members.items()}}
     part = output.with_name(f".{output.name}.part")
     try:
-        with tarfile.open(part, "w:gz", compresslevel=6) as tar:
+        with tarfile.open(part, "w:gz", compresslevel=6, dereference=True) as tar:  # no links, which an import refuses
             text = json.dumps(manifest, indent=1).encode()
             about = tarfile.TarInfo("manifest.json")
             about.size = len(text)

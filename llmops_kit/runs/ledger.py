@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from .artifacts import Artifact, canonical_json, sha256_of, sha256_text, write_atomic
 from .errors import UserError, nearest
-from .run_index import open_index, run_id_pattern
+from .run_index import ask, run_id_pattern, whole_records
 
 # %% ../../nbs/runs/ledger.ipynb #bea7a9f9
 def runs_dir()->Path: # `$LLMOPS_RUNS`, or `runs/` at the top of the project
@@ -178,24 +178,24 @@ def run_ids()->list[str]: # newest first
 def ask_index(question:str,  # SQL
               *values)->list[tuple]: # the rows
     "Ask the index of this ledger; see there for its tables."
-    if not runs_dir().is_dir(): return []
-    with open_index(runs_dir(), read_record) as db: return db.execute(question, values).fetchall()
+    return ask(runs_dir(), read_record, question, values) if runs_dir().is_dir() else []
 
 def _job_part(job): return re.sub(r"[^A-Za-z0-9_]+", "_", job)  # of an id
 
 def list_runs(job:str|None=None,    # of this job only
               status:str|None=None, # with this status only
-              short:bool=False,     # without metrics, inputs, outputs and whatever else a list on the terminal does not show
-              )->list[dict]:        # newest first; whole records, but for the packages: those are `read_record`'s
+              short:bool=False,     # only what a list on the terminal shows: no metrics, inputs or outputs, and only the given parameters
+              )->list[dict]:        # newest first
     "The records of all runs, of one job or one status if asked."
     where, values = ["true"], []
     if job is not None: where, values = [*where, "job=?"], [_job_part(job)]
     if status is not None: where, values = [*where, "status in (?, 'running', 'unreadable')"], [*values, status]  # whether it still runs is to be found out
-    from_, parts = ("runs", "head") if short else ("runs join bodies using (id)", "head, body")
-    found = ask_index(f"select id, status, {parts} from {from_} where {' and '.join(where)} order by id desc", *values)
-    columns = [json.loads(f"[{','.join(o)}]") for o in list(zip(*found))[2:]]  # all at once: thousands of small texts take twice as long
-    records = (checked(read_record(id)) if state in ("running", "unreadable") else {k: v for o in parts for k, v in o.items()}
-               for (id, state, *_), *parts in zip(found, *columns))
+    what, joined = ("'{}'", "") if short else ("body", "join bodies using (id)")
+    found = ask_index(f"select id, status, head, {what} from runs {joined} where {' and '.join(where)} union all select digest, 'packages', text, '' from packages", *values)
+    packages = {o[0]: json.loads(o[2]) for o in found if o[1] == "packages"}
+    found = sorted((o for o in found if o[1] != "packages"), reverse=True)
+    heads, bodies = (json.loads(f"[{','.join(o[n] for o in found)}]") for n in (2, 3))  # all at once: thousands of small texts take twice as long
+    records = (checked(read_record(id)) if state in ("running", "unreadable") else o for (id, state, *_), o in zip(found, whole_records(heads, bodies, packages)))
     return [o for o in records if status in (None, o["status"])]
 
 def resolve_run(ref:str, # an id, a unique beginning or ending of one, or `latest:JOB`

@@ -20,6 +20,7 @@ volatile_rules = [(re.compile(pattern, flags), to) for pattern, flags, to in (
     (r"\b\d{8}-\d{6}-\w+-[0-9a-f]{4}\b", 0, "RUN"),
     (r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", 0, "UUID"),
     (r" at 0x[0-9a-fA-F]+|0x[0-9a-f]{6,}", 0, ""),
+    (r"(?:/[\w.@-]+)+/(?=llmops_kit/)", 0, ""),                             # where the project lies
     (r"(?:/private)?(?:/tmp|/var/folders|/dev/shm)/[^\s'\"<>),:;\]]+|\btmp[a-z0-9_]{8}\b", 0, "TEMPORARY"),
     (r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?", 0, "TIME"),
     (r"\b\d+:\d\d(?::\d\d)?\b", 0, "CLOCK"),
@@ -95,6 +96,7 @@ def cell_differences(stored:dict, fresh:dict, # a cell before and after it was r
                      tolerance:float=1e-3)->list[str]: # empty: it shows what it would show now
     "In what a cell's stored outputs are not true."
     a, b = parts_of(stored["outputs"]), parts_of(fresh["outputs"])
+    if not any(where == "stderr" for where, _, _ in a): b = [o for o in b if o[0] != "stderr"]  # libraries talk there; a page need not show it
     kinds = [[f"{where}, {mime}" for where, mime, _ in o] for o in (a, b)]
     if "volatile" in stored["metadata"].get("tags", ()):
         kinds = [sorted({o for o in found if not o.startswith("stderr")}) for found in kinds]
