@@ -43,7 +43,8 @@ def local_modules(sources, # texts of code
         name = waiting.pop()
         if name in found or name == "llmops_kit" or name in sys.stdlib_module_names: continue
         spec = PathFinder.find_spec(name, places)
-        if spec is None or not (spec.origin or spec.submodule_search_locations): continue
+        # a folder without __init__.py is imported only where no package of that name is installed
+        if spec is None or spec.origin is None and PathFinder.find_spec(name, [*places, *sys.path]).origin: continue
         folders = [Path(o) for o in spec.submodule_search_locations or ()]
         files = sorted(p for o in folders for p in o.rglob("*.py")) if folders else [Path(spec.origin)]
         found[name] = sha256_rows([p.name, sha256_of(p)] for p in files)

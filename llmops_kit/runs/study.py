@@ -148,7 +148,7 @@ class StudyRun:
         old = json.loads(place.read_text()) if place.exists() else {}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = threads or old.get("threads") or max(1, cores // workers)
-        self.place, self.quiet, self.fresh = place, quiet, fresh
+        self.place, self.quiet, self.fresh, self.pruned = place, quiet, fresh, set()  # pruned: stages that were asked to stop early
         self.record = {"schema": 1, "name": name, "kind": kind, "status": "running", "started": _now(), "finished": None, "process": this_process(),
                        "on": on, "workers": workers, "threads": threads, "stages": {}} | more
         self.tasks = Tasks(on, folder, workers, threads, gpus)
@@ -183,8 +183,8 @@ class StudyRun:
         results = self.tasks.ended() if results is None else results
         for name, result in results.items():
             record = read_record(result["run"]) if result["run"] else {}
-            state = "reused" if result["how"] == "reused" and result["status"] == "finished" else result["status"]
-            self.record["stages"][name] |= {"state": state, "how": result["how"], "run": result["run"], "seconds": record.get("seconds"), "error": result["error"], "verdict": verdict_of(record)}
+            state = "reused" if result["how"] == "reused" and result["status"] == "finished" else "pruned" if result["status"] == "killed" and name in self.pruned else result["status"]
+            self.record["stages"][name] |= {"state": state, "how": result["how"], "run": result["run"], "seconds": record.get("seconds"), "error": None if state == "pruned" else result["error"], "verdict": verdict_of(record)}
             self.say(name)
         if results: self.write()
         return list(results)

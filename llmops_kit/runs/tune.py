@@ -67,7 +67,7 @@ def distributions(axes:dict)->dict: # as `read_axes` gives them -> Optuna's
 class _Trials: # the trials of a tuning under way
     def __init__(self, study, run, job, axes, given, objectives, prune):
         self.study, self.run, self.job, self.given, self.objectives, self.prune = study, run, job, given, objectives, prune
-        self.space, self.live, self.ids, self.stopped = distributions(axes), {}, {}, set()
+        self.space, self.live, self.ids = distributions(axes), {}, {}
         from optuna.trial import Trial, TrialState
         self.State = TrialState
         self.waiting = []
@@ -98,7 +98,6 @@ class _Trials: # the trials of a tuning under way
 
     def tell(self, name, trial):
         stage = self.run.record["stages"][name]
-        if name in self.stopped and stage["state"] == "killed": stage |= {"state": "pruned", "error": None}
         trial.set_user_attr("stage", stage)
         self.run.write()
         if stage["state"] == "pruned": return self.study.tell(trial, state=self.State.PRUNED)
@@ -114,7 +113,7 @@ class _Trials: # the trials of a tuning under way
         "Report what the trials log, and stop the hopeless."
         metric = self.objectives[0].metric
         for name, trial in self.live.items():
-            if name in self.stopped: continue
+            if name in self.run.pruned: continue
             if name not in self.ids: self.ids |= {name: o["id"] for o in list_runs(self.job.name, "running")[:20] if (o.get("study"), o.get("stage")) == (self.run.record["name"], name)}
             if name not in self.ids: continue
             told = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
@@ -123,7 +122,7 @@ class _Trials: # the trials of a tuning under way
                 if line["step"] in told or not isinstance(value, (int, float)): continue
                 trial.report(value, line["step"])
                 if trial.should_prune():
-                    self.stopped.add(name)
+                    self.run.pruned.add(name)
                     self.run.tasks.stop(name)
                     break
 
