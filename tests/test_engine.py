@@ -41,7 +41,7 @@ def told(path): # what a reader of the executed notebook sees
     def output(o): return {k: v for k, v in o.items() if k not in ("traceback", "metadata", "execution_count")}
     return [{"source": "".join(o.source), "tags": o.metadata.get("tags", []), "hidden": o.metadata.get("jupyter", {}).get("source_hidden"), "count": o.get("execution_count"),
              "status": o.metadata.get("papermill", {}).get("status"), "exception": o.metadata.get("papermill", {}).get("exception"),
-             "outputs": [output(p) for p in o.get("outputs", [])]} for o in found.cells], found.metadata.papermill.exception, sorted(found.metadata.papermill.parameters.items())
+             "outputs": [output(p) for p in o.get("outputs", [])]} for o in found.cells], found.metadata.papermill.get("exception"), sorted(found.metadata.papermill.parameters.items())
 
 CASES = {
     "parameters": (["-p", "n", "5", "-r", "name", "007", "-y", "{deep: [1, 2]}"], [("n = 1\nname = ''\ndeep = []", "parameters"), "print(n, repr(name), deep)"]),

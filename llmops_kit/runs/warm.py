@@ -32,7 +32,7 @@ def import_noting(modules:tuple, # names; those that are not installed are passe
                 yield o
         def __getitem__(self, name):
             if listed and listed[0] == name: listed.popleft()
-            else:
+            elif isinstance(name, str):
                 listed.clear()
                 asked.add(name)
             return super().__getitem__(name)
@@ -141,7 +141,8 @@ class Parent:
         began = time.monotonic()
         self.asked, self.made = import_noting(_of_kernels)
         with looks_like_a_kernel() as self.magics: asked, made = import_noting(modules)
-        self.asked, self.made = asked | self.asked, self.made | made
+        # what the first imports set, the second ones would find in a clean start too
+        self.asked, self.made = {k: v for k, v in asked.items() if k not in self.made} | self.asked, self.made | made
         import gc
         gc.collect()
         gc.freeze() # or the first collection in a child would copy every page
