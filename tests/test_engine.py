@@ -1,10 +1,10 @@
 "papermill's own behaviour under the engine, with the real papermill beside it; kernels that are forked, that die, stop, hang, and cannot be saved."
-import json, logging, os, signal, subprocess, sys, tempfile, time
+import json, logging, subprocess, sys, tempfile
 from pathlib import Path
 import nbformat, papermill, psutil, pytest
 from click.testing import CliRunner
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_notebook
 from papermill.__main__ import papermill as command
 from conftest import kill_tree, llmops, start_llmops, wait_until
 from llmops_kit.runs import engine
@@ -41,7 +41,7 @@ def told(path): # what a reader of the executed notebook sees
     def output(o): return {k: v for k, v in o.items() if k not in ("traceback", "metadata", "execution_count")}
     return [{"source": "".join(o.source), "tags": o.metadata.get("tags", []), "hidden": o.metadata.get("jupyter", {}).get("source_hidden"), "count": o.get("execution_count"),
              "status": o.metadata.get("papermill", {}).get("status"), "exception": o.metadata.get("papermill", {}).get("exception"),
-             "outputs": [output(p) for p in o.get("outputs", [])]} for o in found.cells], found.metadata.papermill.exception, sorted(found.metadata.papermill.parameters.items())
+             "outputs": [output(p) for p in o.get("outputs", [])]} for o in found.cells], found.metadata.papermill.get("exception"), sorted(found.metadata.papermill.parameters.items())
 
 CASES = {
     "parameters": (["-p", "n", "5", "-r", "name", "007", "-y", "{deep: [1, 2]}"], [("n = 1\nname = ''\ndeep = []", "parameters"), "print(n, repr(name), deep)"]),
@@ -113,8 +113,8 @@ PROBE = """import os, sys, json, signal, random, resource, threading, numpy
 facts = {"argv": sys.argv[1:2], "path": sys.path, "flags": str(sys.flags), "cwd": os.getcwd(), "umask": os.umask(0o77), "session": os.getsid(0) == os.getpid(), "hash": hash("a"),
          "signals": [str(signal.getsignal(o)) for o in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE)], "backend": os.environ["MPLBACKEND"], "main": sys.modules["__main__"].__name__,
          "limits": resource.getrlimit(resource.RLIMIT_NOFILE), "threads": sorted(o.name.split("-")[0] for o in threading.enumerate() if o.daemon is False),
-         "env": {k: v for k, v in os.environ.items() if k not in ("LLMOPS_KERNEL", "JPY_PARENT_PID", "_", "PYDEVD_USE_FRAME_EVAL")},
-         "kit": [o for o in sys.modules if o.startswith("llmops_kit")], "open": sorted(os.readlink(f"/proc/self/fd/{o}") for o in "012"),
+         "env": {k: v for k, v in os.environ.items() if k not in ("LLMOPS_KERNEL", "JPY_PARENT_PID", "_")},
+         "kit": [o for o in sys.modules if o.startswith("llmops_kit")],
          "handlers": [o.stream is sys.stderr for o in __import__("logging").getLogger("tornado").handlers]}
 print(json.dumps(facts)); print(numpy.random.rand(), random.random())"""
 
@@ -158,7 +158,7 @@ def test_a_kernel_that_is_stopped_and_one_that_hangs(tmp_path, parent):
 
 
 def test_a_long_computation_is_not_taken_for_a_stopped_kernel(tmp_path, parent):
-    assert run(tmp_path, ["n = sum(range(60_000_000))\nprint(n)"], heartbeat_timeout=2)[1] == "1799999970000000\n"  # one call that never lets go of Python's lock
+    assert run(tmp_path, ["n = sum(range(120_000_000))\nprint(n)"], heartbeat_timeout=3)[1] == "7199999940000000\n"  # one call that never lets go of Python's lock
 
 
 def test_output_that_is_not_on_the_disk_is_a_failure(tmp_path, parent, monkeypatch):

@@ -32,7 +32,7 @@ def import_noting(modules:tuple, # names; those that are not installed are passe
                 yield o
         def __getitem__(self, name):
             if listed and listed[0] == name: listed.popleft()
-            else:
+            elif isinstance(name, str):
                 listed.clear()
                 asked.add(name)
             return super().__getitem__(name)
@@ -82,6 +82,7 @@ def _run_kernel(request, files, parent, line): # never returns
     try:
         _become(request, files, parent.made)
         before = {sys.stdout: "stdout", sys.stderr: "stderr"}
+        handlers = [o for o in (ref() for ref in logging._handlerList) if isinstance(o, logging.StreamHandler) and o.stream in before]
         from ipykernel.kernelapp import IPKernelApp
         sys.argv = [import_module("ipykernel_launcher").__file__, *request["arguments"]]
         # 1: no polling of the parent, which is not the one that wants this kernel; `line` is
@@ -89,8 +90,7 @@ def _run_kernel(request, files, parent, line): # never returns
         app.initialize(request["arguments"])
         sys.modules["ipywidgets"].register_comm_target() # what libraries do when a kernel imports them
         app.shell.register_magics(*parent.magics)
-        for ref in logging._handlerList:
-            if isinstance(ref(), logging.StreamHandler) and ref().stream in before: ref().setStream(getattr(sys, before[ref().stream]))
+        for o in handlers: o.setStream(getattr(sys, before[o.stream]))
         threading.Thread(target=lambda: line.recv(1) or os.killpg(0, signal.SIGKILL), daemon=True).start()
         app.start()
         # it still flushes what the exit functions close, and would wait seconds for that
@@ -139,8 +139,10 @@ class Parent:
                  place:str,                # the socket's path
                  modules:tuple=preloaded): # imported first
         began = time.monotonic()
-        for o in _of_kernels: import_module(o)
-        with looks_like_a_kernel() as self.magics: self.asked, self.made = import_noting(modules)
+        self.asked, self.made = import_noting(_of_kernels)
+        with looks_like_a_kernel() as self.magics: asked, made = import_noting(modules)
+        # what the first imports set, the second ones would find in a clean start too
+        self.asked, self.made = {k: v for k, v in asked.items() if k not in self.made} | self.asked, self.made | made
         import gc
         gc.collect()
         gc.freeze() # or the first collection in a child would copy every page
