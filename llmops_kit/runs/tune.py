@@ -79,12 +79,25 @@ class _Trials: # the trials of a tuning under way
         inside = lambda k, o: default[k] in o["values"] if "values" in o else o["low"] <= default[k] <= o["high"]
         if not study.trials and all(inside(k, o) for k, o in axes.items()): study.enqueue_trial(default)
 
+        self.note()
+
+    def note(self):
+        "What is known so far, into the study's record."
+        trials = self.study.get_trials(deepcopy=False)
+        done = [o for o in trials if o.values]
+        self.run.record |= {"best": sorted(o.number for o in self.study.best_trials) if done else [],
+                            "default": next((o.number for o in done if o.number == 0 and o.system_attrs.get("fixed_params")), None),
+                            "trials": [{"number": o.number, "parameters": o.params, "values": o.values, "state": o.state.name.lower()} for o in trials]}
+        self.run.write()
+
     def go(self, trials):
         "Until there are so many."
         while True:
             while self.run.tasks.free and (self.waiting or self.counted() < trials): self.begin(self.waiting.pop(0) if self.waiting else self.study.ask(self.space))
             if not self.live: return
-            for name in self.run.ended(): self.tell(name, self.live.pop(name))
+            for name in self.run.ended():
+                self.tell(name, self.live.pop(name))
+                self.note()
             if self.prune: self.watch()
             time.sleep(0.1)
 
@@ -99,7 +112,6 @@ class _Trials: # the trials of a tuning under way
     def tell(self, name, trial):
         stage = self.run.record["stages"][name]
         trial.set_user_attr("stage", stage)
-        self.run.write()
         if stage["state"] == "pruned": return self.study.tell(trial, state=self.State.PRUNED)
         if stage["state"] not in ("finished", "reused"): return self.study.tell(trial, state=self.State.FAIL)
         metrics = read_record(stage["run"])["metrics"]
@@ -148,13 +160,8 @@ def tune(job:Job,
     with running_study(name, "tune", job=job.name, axes=axes, given=given, objectives=[vars(o) for o in objectives], prune=prune, **options) as run:
         study = open_optuna(run.place.parent, name, objectives, prune)
         _Trials(study, run, job, axes, given, objectives, prune).go(trials)
-        done = [o for o in study.get_trials(deepcopy=False) if o.values]
-        best = [o.number for o in study.best_trials] if done else []
-        default = [o.number for o in done if o.number == 0 and o.system_attrs.get("fixed_params")]
-        run.record |= {"best": sorted(best), "default": default[0] if default else None,
-                       "trials": [{"number": o.number, "parameters": o.params, "values": o.values, "state": o.state.name.lower()} for o in study.get_trials(deepcopy=False)]}
-        run.write()
-        if "seed" in job.parameters and "seed" not in axes: repeat_best(run, job, given, {o.number: o.params for o in done if o.number in {*best, *default}}, seeds)
+        chosen = {*run.record["best"], *([] if run.record["default"] is None else [run.record["default"]])}
+        if "seed" in job.parameters and "seed" not in axes: repeat_best(run, job, given, {n: run.record["trials"][n]["parameters"] for n in sorted(chosen)}, seeds)
     return run.record
 
 def repeat_best(run:StudyRun, job:Job, given:dict, chosen:dict[int, dict], seeds:int): # trial number to its parameters
