@@ -156,7 +156,7 @@ def _by_length(e, metric, resamples): # mean words, and the metric's interval, o
     edges = np.unique(np.quantile(words, [0.25, 0.5, 0.75]))
     parts = [np.flatnonzero(np.searchsorted(edges, words, side="left") == n) for n in range(len(edges) + 1)]
     m = e.metrics[metric]
-    return [(words[at].mean(), metric_interval(replace(m, ids=[m.ids[i] for i in at], statistics=m.statistics[at]), resamples)) for at in parts if len(at)]
+    return [(words[at].mean(), metric_interval(replace(m, ids=[m.ids[i] for i in at], statistics=m.statistics[at]), resamples)) for at in parts if len(at) > 1] # one answer has no interval
 
 def trade_picture(comparison:Comparison,
                   metric:str="rouge_l",
@@ -168,7 +168,7 @@ def trade_picture(comparison:Comparison,
     left, right = figure.subplots(1, 2, sharey=True)
     priced = "price_per_example" in comparison.tuned.cost
     for label, e in comparison.models.items():
-        x, found = zip(*_by_length(e, metric, resamples))
+        x, found = zip(*(_by_length(e, metric, resamples) or [(float("nan"), e.intervals[metric])]))
         left.errorbar(x, [i.value for i in found], [[i.value - i.low for i in found], [i.high - i.value for i in found]], fmt="o-", markersize=4, linewidth=1.2, color=colours[label], label=label)
         i, cost = e.intervals[metric], e.cost["price_per_example"] if priced else e.cost["seconds"]/e.counts["examples"]
         right.errorbar([cost], [i.value], [[i.value - i.low], [i.high - i.value]], fmt="o", color=colours[label])
