@@ -23,10 +23,11 @@ volatile_rules = [(re.compile(pattern, flags), to) for pattern, flags, to in (
     (r"(?:/[\w.@-]+)+/(?=llmops_kit/)", 0, ""),                             # where the project lies
     (r"(?:/private)?(?:/tmp|/var/folders|/dev/shm)/[^\s'\"<>),:;\]]+|\btmp[a-z0-9_]{8}\b", 0, "TEMPORARY"),
     (r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?", 0, "TIME"),
+    (rf"TIME +{_number}(?= |$)", re.M, "TIME SECONDS"),                     # the list of runs
     (r"\b\d+:\d\d(?::\d\d)?\b", 0, "CLOCK"),
     (rf"{_number} ?[\w ]{{0,20}}/ ?(?:s|sec|second)\b", 0, "SPEED"),
     (rf"(?<![\w.]){_number} ?{_unit}\b", 0, "DURATION"),
-    (rf"(cost/[\w/]+|\w*(?:seconds?|duration|peak_memory\w*|pid))(['\"]?\s*[:=|]?\s*)['\"]?{_number}(?: ?(?:[kMG]B|bytes))?", 0, r"\1\2MEASURED"),
+    (rf"(cost/[\w/]+|[\w/]*(?:seconds?|duration|peak_memory)[\w/]*|\bpid)(['\"]?\s*[:=|]?\s*)['\"]?{_number}(?: ?(?:[kMG]B|bytes))?", 0, r"\1\2MEASURED"),
     (r"(['\"]?(?:host|boot)['\"]?\s*[:=]\s*)['\"][^'\"]*['\"]", 0, r"\1HOST"),
     (r"('seal': )'[0-9a-f]{64}'", 0, r"\1SEAL"),                             # of a record with times in it
     (r"\bT_[0-9a-f]{5}\b", 0, "T"),                                         # a styled table of pandas
