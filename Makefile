@@ -39,13 +39,13 @@ demo: $(STAMP) ## prepare, finetune and evaluate on the embedded data and model:
 test: $(STAMP) ## every test that CI runs: pytest, then every library notebook top to bottom, its stored outputs compared
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export LLMOPS_RUNS="$$runs" OMP_NUM_THREADS=1 LLMOPS_WARM=0 && \
 	python -m pytest tests --durations=10 -n 2 --dist loadfile && \
-	llmops verify-notebooks nbs --workers 2 && \
+	LLMOPS_WARM=1 llmops verify-notebooks nbs --workers 2 && \
 	echo "make test: all passed"
 
 test-all: $(STAMP) ## the same with the long versions: slow tests, and the jobs with the defaults they ship with
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export LLMOPS_RUNS="$$runs" OMP_NUM_THREADS=1 LLMOPS_WARM=0 && \
 	python -m pytest tests --durations=20 -m '' -n 2 --dist loadfile && \
-	llmops verify-notebooks nbs --workers 2 --flags slow && \
+	LLMOPS_WARM=1 llmops verify-notebooks nbs --workers 2 --flags slow && \
 	echo "make test-all: all passed"
 
 # The server's root is the project, so that runs/ can be browsed too; notebooks are cleaned of volatile metadata as they are saved.

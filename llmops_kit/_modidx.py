@@ -2421,6 +2421,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'llmops_kit.runs.verify.Verified.true': ( 'runs/verify.html#verified.true',
                                                                                   'llmops_kit/runs/verify.py'),
                                         'llmops_kit.runs.verify._settings': ('runs/verify.html#_settings', 'llmops_kit/runs/verify.py'),
+                                        'llmops_kit.runs.verify._warm_up': ('runs/verify.html#_warm_up', 'llmops_kit/runs/verify.py'),
                                         'llmops_kit.runs.verify.flags_of': ('runs/verify.html#flags_of', 'llmops_kit/runs/verify.py'),
                                         'llmops_kit.runs.verify.notebooks_in': ( 'runs/verify.html#notebooks_in',
                                                                                  'llmops_kit/runs/verify.py'),

@@ -66,6 +66,8 @@ def verify_notebook(path:Path,
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     from tempfile import TemporaryDirectory
     from traitlets.config import Config
+    from llmops_kit.runs.forked import kernel_environment
+    from llmops_kit.runs.kernel import WarmManager
     settings, _ = _settings(path)
     left_out = {"noeval", *settings.get("tst_flags", "").split()} - set(flags)
     result, began = Verified(path), time.perf_counter()
@@ -76,9 +78,9 @@ def verify_notebook(path:Path,
     for n, cell in enumerate(fresh.cells):
         if n not in ran: cell.metadata["tags"] = ["skip-execution"]
     with TemporaryDirectory(prefix="k") as sockets: # no port that another kernel may take
-        client = NotebookClient(fresh, timeout=settings.get("cell_timeout", 600), kernel_name="python3", resources={"metadata": {"path": str(path.absolute().parent)}},
+        client = NotebookClient(fresh, timeout=settings.get("cell_timeout", 600), kernel_name="python3", kernel_manager_class=WarmManager, resources={"metadata": {"path": str(path.absolute().parent)}},
                                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/k"}}))
-        try: client.execute(env=os.environ | {"IN_TEST": "1"})
+        try: client.execute(env=kernel_environment() | {"IN_TEST": "1"})
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error: result.error = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     result.seconds = time.perf_counter() - began
     if result.error: return result
@@ -88,6 +90,12 @@ def verify_notebook(path:Path,
     return result
 
 # %% ../../nbs/runs/verify.ipynb #93b7fd56
+def _warm_up(): # each of a hundred kernels would make the same imports
+    from llmops_kit.runs.forked import kernel_environment, warm_up
+    if os.environ.get("LLMOPS_WARM") == "0" or sys.platform != "linux": return
+    try: warm_up(kernel_environment(), [sys.executable])
+    except (UserError, OSError): pass # then they start clean
+
 def verify_notebooks(paths:list[Path],
                      workers:int|None=None, # notebooks at a time; as many as there are cores, if not given
                      stream=None,           # for the progress; stderr, if not given
@@ -95,6 +103,7 @@ def verify_notebooks(paths:list[Path],
     "Verify notebooks, and tell how far it is."
     from concurrent.futures import ThreadPoolExecutor, as_completed
     stream, began = stream or sys.stderr, time.perf_counter()
+    if len(paths) > 3: _warm_up()
     workers = workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 8)
     with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(verify_notebook, o, **options): n for n, o in enumerate(paths)}

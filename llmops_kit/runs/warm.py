@@ -82,7 +82,8 @@ def _run_kernel(request, files, parent, line): # never returns
     try:
         _become(request, files, parent.made)
         before = {sys.stdout: "stdout", sys.stderr: "stderr"}
-        handlers = [o for o in (ref() for ref in logging._handlerList) if isinstance(o, logging.StreamHandler) and o.stream in before]
+        # those that hold a stream; logging's last resort looks for the one of the moment
+        handlers = [(o, before[o.stream]) for o in (ref() for ref in logging._handlerList) if isinstance(o, logging.StreamHandler) and "stream" in vars(o) and o.stream in before]
         from ipykernel.kernelapp import IPKernelApp
         sys.argv = [import_module("ipykernel_launcher").__file__, *request["arguments"]]
         # 1: no polling of the parent, which is not the one that wants this kernel; `line` is
@@ -90,7 +91,7 @@ def _run_kernel(request, files, parent, line): # never returns
         app.initialize(request["arguments"])
         sys.modules["ipywidgets"].register_comm_target() # what libraries do when a kernel imports them
         app.shell.register_magics(*parent.magics)
-        for o in handlers: o.setStream(getattr(sys, before[o.stream]))
+        for o, name in handlers: o.setStream(getattr(sys, name))
         threading.Thread(target=lambda: line.recv(1) or os.killpg(0, signal.SIGKILL), daemon=True).start()
         app.start()
         # it still flushes what the exit functions close, and would wait seconds for that
