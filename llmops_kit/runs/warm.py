@@ -56,7 +56,7 @@ def looks_like_a_kernel(): # progress bars choose their form while they are impo
 
 # %% ../../nbs/runs/warm.ipynb #40d8c9ea
 given_again = {"OMP_NUM_THREADS", "MPLBACKEND", "JPY_PARENT_PID", "JPY_INTERRUPT_EVENT", "JPY_SESSION_NAME"} # variables that each kernel gets anew
-inline_backend = "module://matplotlibinline_backend.backendinline_backend" # what ipykernel sets where nothing is set
+inline_backend = "module://matplotlib_inline.backend_inline" # what ipykernel sets where nothing is set
 
 def _become(request, files, made): # the environment and the process that a clean start would have
     os.setsid()
