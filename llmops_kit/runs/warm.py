@@ -55,8 +55,8 @@ def looks_like_a_kernel(): # progress bars choose their form while they are impo
     finally: IPython.get_ipython, shell = real, None
 
 # %% ../../nbs/runs/warm.ipynb #40d8c9ea
-given_again = {"PYDEVD_DISABLE_FILE_VALIDATION", "OMP_NUM_THREADS", "MPLBACKEND", "JPY_PARENT_PID", "JPY_INTERRUPT_EVENT", "JPY_SESSION_NAME"} # variables that each kernel gets anew
-inline_backend = "module://matplotlibinline_backend.backendinline_backend" # what ipykernel sets where nothing is set
+given_again = {"OMP_NUM_THREADS", "MPLBACKEND", "JPY_PARENT_PID", "JPY_INTERRUPT_EVENT", "JPY_SESSION_NAME"} # variables that each kernel gets anew
+inline_backend = "module://matplotlib_inline.backend_inline" # what ipykernel sets where nothing is set
 
 def _become(request, files, made): # the environment and the process that a clean start would have
     os.setsid()
@@ -82,8 +82,7 @@ def _run_kernel(request, files, parent, line): # never returns
     try:
         _become(request, files, parent.made)
         before = {sys.stdout: "stdout", sys.stderr: "stderr"}
-        # those that hold a stream; logging's last resort looks for the one of the moment
-        handlers = [(o, before[o.stream]) for o in (ref() for ref in logging._handlerList) if isinstance(o, logging.StreamHandler) and "stream" in vars(o) and o.stream in before]
+        handlers = [(o, before[o.stream]) for o in (ref() for ref in logging._handlerList) if isinstance(o, logging.StreamHandler) and o.stream in before]
         from ipykernel.kernelapp import IPKernelApp
         sys.argv = [import_module("ipykernel_launcher").__file__, *request["arguments"]]
         # 1: no polling of the parent, which is not the one that wants this kernel; `line` is
@@ -91,7 +90,8 @@ def _run_kernel(request, files, parent, line): # never returns
         app.initialize(request["arguments"])
         sys.modules["ipywidgets"].register_comm_target() # what libraries do when a kernel imports them
         app.shell.register_magics(*parent.magics)
-        for o, name in handlers: o.setStream(getattr(sys, name))
+        for o, name in handlers:
+            if o.stream in before: o.setStream(getattr(sys, name)) # ipykernel has seen to its own
         threading.Thread(target=lambda: line.recv(1) or os.killpg(0, signal.SIGKILL), daemon=True).start()
         app.start()
         # it still flushes what the exit functions close, and would wait seconds for that
@@ -120,7 +120,7 @@ def unsafe_to_fork()->str: # empty: safe
     return f"the warm parent has {devices[0]} open" if devices else ""
 
 def _refusal(env, asked):
-    other = [o for o, v in asked.items() if o not in given_again and env.get(o) != v] + (["MPLBACKEND"] if env.get("MPLBACKEND", inline_backend) != inline_backend else [])
+    other = [o for o, v in asked.items() if o not in given_again and not o.startswith("PYDEVD_") and env.get(o) != v] + (["MPLBACKEND"] if env.get("MPLBACKEND", inline_backend) != inline_backend else [])
     return f"libraries read {', '.join(other[:3])} while they were imported, with another value" if other else unsafe_to_fork()
 
 def _receive(line): # the request, and the caller's files
