@@ -35,11 +35,12 @@ $(STAMP): settings.ini constraints.txt pyproject.toml setup.py
 demo: $(STAMP) ## prepare, finetune and evaluate on the embedded data and model: a table in under 5 minutes
 	@llmops demo
 
+# Stored numbers are compared strictly in test-all; another kind of processor trains other numbers, so test only tells where they differ.
 # The tests leave runs/ alone. Two at a time fill two cores, so each of them gets one thread: two threads each would wait for one another.
 test: $(STAMP) ## every test that CI runs: pytest, then every library notebook top to bottom, its stored outputs compared
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export LLMOPS_RUNS="$$runs" OMP_NUM_THREADS=1 LLMOPS_WARM=0 && \
 	python -m pytest tests --durations=10 -n 2 --dist loadfile && \
-	LLMOPS_WARM=1 llmops verify-notebooks nbs --workers 2 && \
+	LLMOPS_WARM=1 llmops verify-notebooks nbs --workers 2 --lenient && \
 	echo "make test: all passed"
 
 test-all: $(STAMP) ## the same with the long versions: slow tests, and the jobs with the defaults they ship with

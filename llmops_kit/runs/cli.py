@@ -256,6 +256,7 @@ def parser()->argparse.ArgumentParser: # every command with its help
     made = command("verify-notebooks", verify_notebooks_command)
     made.add_argument("paths", nargs="*", help="notebooks, or folders of them; the project's nbs, without its jobs, if none is given")
     made.add_argument("--flags", default="", metavar="FLAGS", help="run cells with these flags too, e.g. slow")
+    made.add_argument("--lenient", action="store_true", help="tell what differs, but fail only for notebooks that fail: a model trained on another kind of processor has other numbers")
     made.add_argument("--tolerance", type=float, default=1e-3, metavar="T", help="relative, for numbers that are not whole; 0.001, if not given")
     made.add_argument("--workers", type=int, metavar="N", help="notebooks at a time; as many as there are cores, if not given")
     command("show", show_command).add_argument("run", help=run_help)
