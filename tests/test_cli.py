@@ -33,7 +33,7 @@ def test_parameters_from_a_file(tmp_path):
     assert (record["parameters"]["limit"], record["parameters"]["validation"], record["given"]) == (60, 0.2, ["limit", "validation", "wandb"])
     assert (record["name"], record["status"]) == ("small", "finished")
 
-@pytest.mark.parametrize("command", ["jobs", "run", "resume", "runs", "show", "graph", "export", "import", "replay", "diff", "gate", "estimate", "sync", "sweep", "tune", "report", "verify-notebooks", "demo"])
+@pytest.mark.parametrize("command", ["jobs", "run", "resume", "runs", "show", "graph", "export", "import", "replay", "diff", "gate", "estimate", "sync", "sweep", "tune", "report", "warm", "verify-notebooks", "demo"])
 def test_every_command_has_help_and_json(command):
     assert "--json" in llmops(command, "--help")
 
