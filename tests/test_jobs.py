@@ -103,7 +103,7 @@ def test_one_number_altered_by_hand_fails_the_replay(job, records, runs, env):
 @pytest.mark.parametrize("job", ["evaluate", "compare"])
 def test_a_report_is_one_file_with_the_verdict_first(job, records, env, tmp_path):
     page = Path(llmops("report", records[job]["id"], "--output", tmp_path/"page.html", env=env).strip()).read_text()
-    at = [page.index(o) for o in ("better</em> and" if job == "compare" else "95 % interval of the paired difference", "data:image/png;base64,", "<summary>Numbers</summary>", 'id="code"')]
+    at = [page.index(o) for o in ("mean a p-value of at most" if job == "compare" else "95 % interval of the paired difference", "data:image/png;base64,", "<summary>Numbers</summary>", 'id="code"')]
     assert at == sorted(at)
     assert not [o for o in re.findall(r'(?:src|href)="([^"]*)"', page) if not o.startswith(("data:", "#"))] and "<script" not in page
 
