@@ -50,7 +50,7 @@ def killed(job, whole, env, kill):
     wait_until(new, process)
     folder = new()[0]
     kill(process, folder)
-    kill_tree(process)
+    if process.poll() is None: kill_tree(process)
     if json.loads((folder/"run.json").read_text())["status"] == "finished": return None
     return json.loads(llmops("resume", folder.name, "--json", env=env))
 
