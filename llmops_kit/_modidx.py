@@ -802,8 +802,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'llmops_kit/evaluation/decoding.py'),
                                                 'llmops_kit.evaluation.decoding._last_only': ( 'evaluation/decoding.html#_last_only',
                                                                                                'llmops_kit/evaluation/decoding.py'),
-                                                'llmops_kit.evaluation.decoding._rows': ( 'evaluation/decoding.html#_rows',
-                                                                                          'llmops_kit/evaluation/decoding.py'),
                                                 'llmops_kit.evaluation.decoding._runs': ( 'evaluation/decoding.html#_runs',
                                                                                           'llmops_kit/evaluation/decoding.py'),
                                                 'llmops_kit.evaluation.decoding.decode': ( 'evaluation/decoding.html#decode',

@@ -20,6 +20,7 @@ from ..models.load import LanguageModel
 from ..runs.errors import UserError
 from ..training.batching import token_batches
 from ..training.hotpath import _swapped
+from ..training.kernels import round_up
 
 # %% ../../nbs/evaluation/decoding.ipynb #28c1f1fa
 @torch.inference_mode()
@@ -67,9 +68,6 @@ def _last_only(head): # of each row; what `logits_to_keep` leaves lies scattered
     plain = head.forward
     with _swapped(head, "forward", lambda x: plain(x[:, -1].contiguous())[:, None]): yield
 
-def _rows(n, dtype): # in bf16 each number of rows is compiled anew, so that a few rows more cost less
-    return n if dtype == torch.float32 else 2**max(0, n - 1).bit_length()
-
 def _runs(lengths, tokens): # neighbours that make a padded batch of so many tokens
     found = [[0]]
     for n in range(1, len(lengths)):
@@ -108,7 +106,8 @@ def decode_batch(path:Path,
                 times[row] = now
                 if ended(row, answers[row]): gone.add(row)
             positions = positions[:, -1:] + 1
-            stay = _rows(len(prompts) - len(gone), path.dtype)
+            stay = len(prompts) - len(gone)
+            if path.dtype != torch.float32: stay = round_up(stay, 1) # each number of rows is compiled anew, and a few rows more cost less
             for row in [r for r in reversed(range(len(running))) if running[r] in gone][:max(0, len(running) - stay)]:
                 last = len(running) - 1
                 for layer in cache.layers: layer.leave(row)
