@@ -10,7 +10,7 @@ from conftest import kill_tree, llmops, start_llmops, wait_until
 from llmops_kit.runs import engine
 from llmops_kit.runs.forked import ask, kernel_environment, warm_place
 
-PARENT = "import sys; from llmops_kit.runs.warm import Parent; Parent(sys.argv[1], ('numpy', 'threadpoolctl')).listen()"
+PARENT = "import sys; from llmops_kit.runs.warm import Parent; Parent(sys.argv[1], ('numpy', 'pandas', 'threadpoolctl')).listen()"
 
 
 def notebook(path, *cells, kernel="python3", language="python"):
@@ -27,7 +27,7 @@ def parent():
         patch.delenv("JUPYTER_PLATFORM_DIRS", raising=False)
         env = kernel_environment()
         place = warm_place(env, [sys.executable])
-        process = subprocess.Popen([sys.executable, "-c", PARENT, str(place)], env=env | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, cwd="/")
+        process = subprocess.Popen([sys.executable, "-c", PARENT, str(place)], env=env | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "JE_ARROW_MALLOC_CONF": "background_thread:false"}, cwd="/")
         wait_until(place.exists, process)
         yield place
         ask(place, {"stop": True})
@@ -115,6 +115,7 @@ facts = {"argv": sys.argv[1:2], "path": sys.path, "flags": str(sys.flags), "cwd"
          "limits": resource.getrlimit(resource.RLIMIT_NOFILE), "threads": sorted(o.name.split("-")[0] for o in threading.enumerate() if o.daemon is False),
          "env": {k: v for k, v in os.environ.items() if k not in ("LLMOPS_KERNEL", "JPY_PARENT_PID", "_")},
          "kit": [o for o in sys.modules if o.startswith("llmops_kit")],
+         "columns": __import__("pandas").get_option("display.max_columns"),
          "handlers": [o.stream is sys.stderr for o in __import__("logging").getLogger("tornado").handlers]}
 print(json.dumps(facts)); print(numpy.random.rand(), random.random())"""
 

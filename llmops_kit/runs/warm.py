@@ -47,12 +47,15 @@ def import_noting(modules:tuple, # names; those that are not installed are passe
 @contextmanager
 def looks_like_a_kernel(): # progress bars choose their form while they are imported
     "Answer libraries that ask whether this is a notebook as a kernel would; gives the magics that they register."
-    import IPython
+    import builtins, IPython
     real, magics = IPython.get_ipython, []
     shell = type("Shell", (), {"__module__": "ipykernel.zmqshell", "config": {"IPKernelApp": {}}, "register_magics": lambda self, *o: magics.extend(o)})()
     IPython.get_ipython = lambda: shell or real() # some keep the function
+    builtins.get_ipython = lambda: type("Shell", (), {"kernel": None}) # pandas asks by this name, and shows fewer columns on a terminal
     try: yield magics
-    finally: IPython.get_ipython, shell = real, None
+    finally:
+        IPython.get_ipython, shell = real, None
+        del builtins.get_ipython
 
 # %% ../../nbs/runs/warm.ipynb #40d8c9ea
 given_again = {"OMP_NUM_THREADS", "MPLBACKEND", "JPY_PARENT_PID", "JPY_INTERRUPT_EVENT", "JPY_SESSION_NAME"} # variables that each kernel gets anew
