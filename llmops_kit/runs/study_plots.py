@@ -16,14 +16,15 @@ from .tune import Objective, best_rows, open_optuna, trial_name
 def stage_figure(record:dict): # a study's record
     "The seconds of the stages, those that took longest."
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
     colours = {"finished": "#4c9f70", "reused": "#7fb3d5", "pruned": "#bbbbbb"}
     taken = sorted(((o["seconds"], k, o["state"]) for k, o in record["stages"].items() if o["seconds"] is not None), reverse=True)[:25][::-1]
     figure, ax = plt.subplots(figsize=(7, 0.8 + 0.24*len(taken)), layout="constrained")
     ax.barh([k for _, k, _ in taken], [o for o, _, _ in taken], color=[colours.get(o, "#c0504d") for _, _, o in taken])
-    for state in dict.fromkeys(o for _, _, o in taken): ax.barh([], [], color=colours.get(state, "#c0504d"), label=state)
+    states = dict.fromkeys(o for _, _, o in taken)
     ax.set_xlabel("seconds")
     ax.tick_params(axis="y", labelsize=8)
-    if taken: ax.legend(fontsize=8, loc="lower right")
+    if taken: ax.legend([Patch(color=colours.get(o, "#c0504d")) for o in states], states, fontsize=8, loc="lower right")
     plt.close(figure)
     return figure
 
@@ -94,8 +95,9 @@ def tune_figures(record:dict)->list: # a tuning's record -> two figures for each
             for draw in (plot_param_importances, plot_parallel_coordinate):
                 if told < 4 or draw is plot_param_importances and len(record["axes"]) < 2: continue
                 ax = draw(study, target=lambda o, n=n: o.values[n], target_name=objective.metric)
+                ax.set_title("", loc="left") # Optuna's own
                 ax.set_title(f"{'importance for' if draw is plot_param_importances else 'parameters and'} {objective.metric}")
-                ax.figure.set_size_inches(7, 3.2)
+                ax.figure.set_size_inches(*(7, 3.2) if draw is plot_param_importances else (11, 3.6)) # the last axis has its numbers beside the colours
                 plt.close(ax.figure)
                 found.append(ax.figure)
     return found
