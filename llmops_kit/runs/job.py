@@ -154,6 +154,8 @@ class Run:
         self._update(seeds=seed_everything(self.seed), kernel=this_process() | {"start": os.environ.get("LLMOPS_KERNEL", "by another engine")})
         if self.record.get("study"): os.environ.setdefault("WANDB_RUN_GROUP", self.record["study"])  # wandb's own name for what belongs together
         self.tracker = Tracker(self.id, job, self.folder, self.parameters, tracking_mode(self.parameters.get("wandb", "auto")))
+        atexit.unregister(self._leave) # the last one registered goes first: before wandb takes its service down
+        atexit.register(self._leave)
         self._update(tracking=self.tracker.state)
         if self.tracker.state.get("error"): self.warn(f"Weights & Biases ({self.tracker.state['mode']}): {self.tracker.state['error']}")
         return self

@@ -238,7 +238,7 @@ def finetune(
                 trainer.nll, trainer.least_pieces, trainer.reads = path.nll, pieces, base.tokenizer
                 if arguments.process_index: torch.manual_seed(seed + arguments.process_index)  # each process has its own dropout
                 timing = timed(trainer)
-                return trainer, watch, lm, best, timing, trainer.train_in(folder, settings, [watch], save_every)
+                return trainer, watch, lm, best, timing, trainer.train_in(folder, settings, [watch, timing], save_every)
         except LossNotFinite as error: raise LossNotFinite(f"{error} {best.kept} A lower lr usually helps.") from None
         except OutOfMemory as error:
             if not retry_oom or not trainer.can_be_cut: raise
