@@ -28,6 +28,16 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, dict(lr=lr))
         muon, adamw = [o for o in self.param_groups if o["params"][0].dim() == 2 and id(o["params"][0]) in inside], [o for o in self.param_groups if id(o["params"][0]) not in inside]
         self.parts = [torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw")] * bool(muon) + [torch.optim.AdamW(adamw, betas=(0.9, 0.95))] * bool(adamw)
+        self._share()
+
+    def _share(self): # one state and one list of groups: what is saved and loaded here is theirs
+        groups = iter(self.param_groups)
+        for part in self.parts: part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
+
+    def load_state_dict(self, state_dict:dict):
+        "Go on from there."
+        super().load_state_dict(state_dict)
+        self._share()
 
     @torch.no_grad()
     def step(self, closure=None):

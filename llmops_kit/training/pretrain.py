@@ -6,7 +6,7 @@
 __all__ = ['block_loss', 'kind_losses', 'BlockTrainer', 'WatchKinds', 'Pretrained', 'held_out_blocks', 'pretrain']
 
 # %% ../../nbs/training/pretrain.ipynb #eeb8a5d8
-import math, shutil, time
+import hashlib, math, time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
@@ -18,6 +18,7 @@ from .checkpoints import BestModel, disk_full_explained
 from .corpus import KINDS, packed
 from .loop import LossNotFinite, Watch, bf16_pays, deterministic, peak_memory
 from .optimizers import MuonAdamW
+from .resumable import Resumable
 
 # %% ../../nbs/training/pretrain.ipynb #e23a19bc
 @torch.no_grad()
@@ -45,8 +46,10 @@ def kind_losses(model:torch.nn.Module, # as for `block_loss`
     return {f"{split}/loss": mean} | {f"{split}/{k}_loss": v for k, v in losses.items()}
 
 # %% ../../nbs/training/pretrain.ipynb #a10fcfe8
-class BlockTrainer(Trainer):
+class BlockTrainer(Resumable, Trainer):
     "A `Trainer` for full blocks with a held-out loss for each kind of text."
+    counters = "aside", "elapsed"
+
     def __init__(self, *args, validation:dict[str, torch.Tensor], **kwargs):
         super().__init__(*args, **kwargs)
         self.validation, self.aside = validation, 0.  # seconds spent on validation and saving
@@ -69,15 +72,19 @@ class WatchKinds(Watch):
     "Also reports the loss of each kind of text, looks at it after the last step, and stops when the time is up."
     def __init__(self, *args, max_minutes:float|None=None):
         super().__init__(*args)
-        self.until = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
-        self.out_of_time = False
+        self.most, self.began, self.out_of_time = 60 * max_minutes if max_minutes else math.inf, time.monotonic(), False
+
+    def state_dict(self)->dict: return super().state_dict() | {"seconds": time.monotonic() - self.began}
+    def load_state_dict(self, state:dict):
+        super().load_state_dict(state)
+        self.began -= state["seconds"]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.record({k: v for k, v in metrics.items() if k.endswith("_loss") and "/" in k}, state.global_step)
         super().on_evaluate(args, state, control, metrics, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if time.monotonic() > self.until: self.out_of_time = control.should_training_stop = True
+        if time.monotonic() - self.began > self.most: self.out_of_time = control.should_training_stop = True
         if state.global_step >= state.max_steps or self.out_of_time: control.should_evaluate = control.should_log = True
 
 # %% ../../nbs/training/pretrain.ipynb #8d2778dc
@@ -142,6 +149,7 @@ def pretrain(
     on_progress=lambda done, total, text: None,
 )->Pretrained:                   # the model with the lowest held-out loss
     "Train a model to predict every token of a corpus."
+    settings = {k: v for k, v in locals().items() if k not in ("base", "corpus", "folder", "max_minutes", "on_log", "on_progress")}
     from copy import deepcopy
     start, folder, length = time.perf_counter(), Path(folder), block_length or base.max_length
     train = packed(base.tokenizer, [o for o in corpus.rows if o["split"] == "train"], length, seed)
@@ -156,6 +164,11 @@ def pretrain(
         use_cpu=device == "cpu", bf16=bf16_pays(torch.device(device)) if precision == "auto" else precision == "bf16",
         torch_compile=compile, report_to="none", disable_tqdm=True)
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    def digest(tensors): # random weights have no file with one
+        found = hashlib.sha256()
+        for o in tensors: found.update(o.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return found.hexdigest()
+    settings |= {"model": digest(base.model.state_dict().values()), "train": digest([train]), "validation": digest(validation.values())}
     with deterministic(seed):
         lm = replace(base, model=deepcopy(base.model))
         best = BestModel(folder, lm, {})
@@ -163,10 +176,9 @@ def pretrain(
         trainer = BlockTrainer(lm.model, arguments, train_dataset=_Blocks(train), eval_dataset=_Blocks(train[:1]), callbacks=[watch], validation=validation,
                                optimizers=(MuonAdamW(lm.model, lr, weight_decay=weight_decay), None))
         trainer.remove_callback(PrinterCallback)
-        loop = time.perf_counter()
-        try: trainer.train()
+        try: found = trainer.train_in(folder, settings, [watch])
         except LossNotFinite as error: raise LossNotFinite(f"{error} {best.kept} A lower lr usually helps.") from None
-        loop = time.perf_counter() - loop - trainer.aside
+        loop = trainer.elapsed - trainer.aside
     best.restore()
     round_weights(lm.model.eval())
     final = kind_losses(lm.model, validation, "validation")
@@ -177,5 +189,6 @@ def pretrain(
         "train/tokens": done * batch_size * length, "train/corpus_tokens": train.numel(), "train/epochs": done * batch_size / len(train),
         "validation/blocks": sum(map(len, validation.values())), "train/bf16": int(arguments.bf16), "parameters/total": lm.model.num_parameters(),
         "cost/seconds": time.perf_counter() - start, "cost/tokens_per_second": done * batch_size * length / loop, "cost/peak_memory_bytes": peak_memory(arguments.device)}
-    warnings = [f"Stopped after {max_minutes} minutes, at step {done} of {steps}: the learning rate had not fallen to 0, and a replay may stop elsewhere."] if watch.out_of_time else []
+    warnings = [found] if found.startswith("Training started afresh") else []
+    if watch.out_of_time: warnings += [f"Stopped after {max_minutes} minutes, at step {done} of {steps}: the learning rate had not fallen to 0, and a replay may stop elsewhere."]
     return Pretrained(lm, metrics, watch.history, best.step, warnings)

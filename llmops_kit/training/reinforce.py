@@ -18,13 +18,14 @@ from transformers import PrinterCallback
 from ..data.rows import prompt_and_answer
 from ..models.chat import render_prompt
 from ..models.load import LanguageModel, load_adapter
-from ..runs.artifacts import Artifact
+from ..runs.artifacts import Artifact, canonical_json, sha256_text
 from ..runs.errors import UserError, nearest
 from .batching import collate, token_batches
 from .checkpoints import BestCheckpoint
 from .loop import LossNotFinite, deterministic, peak_memory
 from .loss import token_nll
 from .preference import FeedbackWatch, HeldOut, common_arguments, quietly, start_adapter
+from .resumable import Resumable
 from .sft import FineTuned, some
 
 # %% ../../nbs/training/reinforce.ipynb #b485a40f
@@ -128,7 +129,7 @@ def answers_to(
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature else dict(do_sample=False)
     known = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends), **sampling)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends), use_cache=True, **sampling)
     model.train(was_training)
     found = []
     for new in out[:, width:].tolist():
@@ -189,8 +190,10 @@ def length_warning(
 def _trainer_class():
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl import GRPOConfig, GRPOTrainer
-    class Trainer(HeldOut, GRPOTrainer):
+    class Trainer(HeldOut, Resumable, GRPOTrainer):
+        counters = "aside", "_step"  # its own count of steps, after which it samples anew
         get_train_dataloader = GRPOTrainer.get_train_dataloader  # groups of answers have an order of their own
+        def numbers(self, inputs): return {"prompts": torch.tensor([int(o["prompt"]) for o in inputs])}
     return Trainer, GRPOConfig
 
 def reinforce(
@@ -219,6 +222,7 @@ def reinforce(
     on_progress=lambda done, total, text: None,
 )->FineTuned:                         # with the adapter of the highest validation reward
     "Train an adapter by rewards."
+    settings = {k: v for k, v in locals().items() if k not in ("base", "examples", "reward", "folder", "on_log", "on_progress")}
     from datasets import Dataset
     start, folder = time.perf_counter(), Path(folder)
     if generations < 2: raise UserError(f"generations={generations}: an answer is compared with others to the same prompt, so at least 2 are needed.")
@@ -227,7 +231,8 @@ def reinforce(
     room = min(max_prompt or base.max_length, base.max_length - max_new_tokens)
     if room < 1: raise UserError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {base.max_length} tokens. Use a smaller number.")
     chosen = some(examples.train, max_steps*prompts_per_step, seed)
-    train, tokenizer = {f"{i}": row for i, row in enumerate(chosen)}, base.tokenizer
+    # one pass, whatever the number of prompts: TRL's order of a second one depends on the first
+    train, tokenizer = {f"{i}": chosen[i % len(chosen)] for i in range(max_steps*prompts_per_step)}, base.tokenizer
     ids = {k: render_prompt(tokenizer, o["messages"], room, o.get("tools")) for k, o in train.items()}
     validation = list(some(examples.validation, validation_examples, 0))
     Trainer, Config = _trainer_class()
@@ -260,13 +265,15 @@ def reinforce(
             torch.set_rng_state(state)
             return {"eval_loss": -float(now.rewards.mean()), "reward": float(now.rewards.mean()), "answer_tokens": float(now.tokens.mean())}
         trainer.held_out = held_out
-        try: trainer.train()
+        settings |= {"reward": [reward.name, reward.artifact and reward.artifact.sha256], "base": base.artifact.sha256, "prompts": sha256_text(canonical_json([ids, [o["id"] for o in validation]])), "bf16": arguments.bf16}
+        try: went_on = trainer.train_in(folder, settings, parts=[watch])
         except LossNotFinite as error: raise LossNotFinite(f"{error} {best.kept} A lower lr usually helps.") from None
     tuned = replace(load_adapter(str(best.path), root), name=base.name)
     last = {k: v for line in watch.history if line["step"] == best.step for k, v in line.items() if k.startswith("validation/")}
     metrics = last | {
-        "base/reward": -watch.losses[0], "train/steps": trainer.state.global_step, "train/best_step": best.step, "train/prompts": len(train),
+        "base/reward": -watch.losses[0], "train/steps": trainer.state.global_step, "train/best_step": best.step, "train/prompts": len(chosen),
         "train/answers": trainer.state.global_step*prompts_per_step*generations, "parameters/trained": lm.model.num_parameters(only_trainable=True),
         "cost/seconds": time.perf_counter() - start, "cost/peak_memory_bytes": peak_memory(arguments.device)}
     said = [] if best.step else ["No step was better than the start on the validation prompts, so nothing was learned. Try another lr, or more steps."]
+    said += [went_on] if went_on.startswith("Training started afresh") else []
     return FineTuned(tuned, metrics, watch.history, best.step, identity, f"by GRPO on the reward {reward.name}, beta {beta}", said)

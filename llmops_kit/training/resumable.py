@@ -93,8 +93,21 @@ class Resumable:
     temporary = None # where the one that is being written is
     seen = torch.zeros((), dtype=torch.int64) # fingerprint of the batches seen
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.elapsed = 0.
+
+    @property
+    def elapsed(self)->float: # one of the `counters`, if it is to count what was before a kill
+        "Seconds of training."
+        return self.before + time.perf_counter() - self.began
+    @elapsed.setter
+    def elapsed(self, seconds): self.before, self.began = seconds, time.perf_counter()
+
+    def numbers(self, inputs)->dict: return inputs # tensors that say which examples a batch holds
+
     def training_step(self, model, inputs, *args, **kwargs):
-        self.seen = fingerprint(self.seen, inputs)
+        self.seen = fingerprint(self.seen, self.numbers(inputs))
         return super().training_step(model, inputs, *args, **kwargs)
 
     def train_in(self,

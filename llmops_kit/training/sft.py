@@ -61,7 +61,7 @@ class CompletionTrainer(Resumable, Guarded, Trainer):
         super().__init__(*args, **kwargs)
         self.batches_per_step = max(batches_per_step, self.args.gradient_accumulation_steps)
         self.tokens_per_batch, self.head, self.nll = tokens_per_batch, self.model.get_output_embeddings(), token_nll
-        self.tokens, self.trained, self.aside, self.elapsed = 0, 0, 0., 0.  # seen so far; seconds spent on validation and saving
+        self.tokens, self.trained, self.aside = 0, 0, 0.  # seen so far; seconds spent on validation and saving
         order = token_batches(self.eval_dataset.lengths, tokens_per_batch)
         self.validation = [self.data_collator([self.eval_dataset[i] for i in o]) for o in order]
 
@@ -86,13 +86,6 @@ class CompletionTrainer(Resumable, Guarded, Trainer):
         return super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs): return 0  # the Trainer's own count goes over all modules for every batch
-
-    @property
-    def elapsed(self)->float: # also before a kill
-        "Seconds of training."
-        return self.before + time.perf_counter() - self.began
-    @elapsed.setter
-    def elapsed(self, seconds): self.before, self.began = seconds, time.perf_counter()
 
     def evaluate(self, *args, **kwargs):
         start = time.perf_counter()
