@@ -173,6 +173,56 @@ def test_tune_recovers_a_front_that_is_known_after_two_kills(here):
     count = len(list_runs())
     assert call()["best"] == record["best"] and len(list_runs()) == count
 
+def tried(record): return [(o["number"], o["state"], o["parameters"], o["values"]) for o in record["trials"]]
+
+def elsewhere(place, name, monkeypatch): monkeypatch.setenv("LLMOPS_RUNS", str(place/name))
+
+@pytest.mark.parametrize("objectives", [["loss:min"], ["f1:min", "f2:min"]]) # drawn together, and one by one
+def test_a_killed_study_tries_what_it_would_have_tried(objectives, here, place, monkeypatch):
+    call = lambda: tune(here, read_axes(here, [["waste", "0", "0.5", "1"]], [["x", "-4", "4"]]), {}, [read_objective(o) for o in objectives], 16, seeds=1, quiet=True)
+    whole = call()
+    elsewhere(place, "killed", monkeypatch)
+    for kill in 3, 10: # while Optuna draws at random, and when it does not any more
+        monkeypatch.setattr(Here, "killed_after", kill)
+        with pytest.raises(SystemExit): call()
+    def die(*args, **more): raise SystemExit
+    import optuna
+    with monkeypatch.context() as first: # with one of two parameters drawn
+        first.setattr(Here, "killed_after", None)
+        first.setattr(optuna.Trial, "suggest_float", die)
+        with pytest.raises(SystemExit): call()
+    monkeypatch.setattr(Here, "killed_after", None)
+    assert tried(call()) == tried(whole) and len({str(o["parameters"]) for o in whole["trials"]}) == 16
+
+HALTS = '''from llmops_kit.runs.job import Run
+import os, time
+run = Run.start("halts")
+run.log({"loss": x}, step=0)
+while run.record["stage"] == "trial-001" and not os.path.exists(gate + ".open"): time.sleep(0.05)
+run.finish({"loss": (x - 1)**2})'''
+
+class Halts(Here):
+    @staticmethod
+    def metrics(p): return {"loss": (p["x"] - 1)**2}
+
+def test_tune_killed_with_all_its_processes(place, monkeypatch):
+    job = write_job(place, "halts", 'x: float = 3.5  # where\nchoice: str = "a"  # of no effect\ngate: str = ""  # the second trial waits for this file, with .open behind', HALTS)
+    command = ["tune", place/"halts.ipynb", "-s", "x", "-4", "4", "-g", "choice", "a", "b", "c", "-p", "gate", place/"gate", "--objective", "loss:min", "--trials", "4", "--seeds", "1", "--threads", "1"]
+    env = {"LLMOPS_RUNS": str(place/"runs")}
+    process = start_llmops(*command, env=env)
+    logged = lambda: {read_record(o.parent.name)["stage"]: o.parent.name for o in (place/"runs").glob("*/metrics.jsonl")}
+    wait_until(lambda: "trial-001" in logged(), process)
+    kill_tree(process)
+    before = logged()
+    (place/"gate.open").touch()
+    record = json.loads(llmops(*command, "--json", env=env))
+    runs = {o["stage"]: o for o in list_runs()}
+    assert len(list_runs()) == len(runs) == 4 and {k: runs[k]["id"] for k in before} == before
+    assert [len(runs[f"trial-00{n}"].get("resumed", [])) for n in range(4)] == [0, 1, 0, 0]
+    elsewhere(place, "whole", monkeypatch)
+    monkeypatch.setitem(executors.executors, "local", Halts)
+    assert tried(record) == tried(tune(job, record["axes"], record["given"], [read_objective("loss:min")], 4, seeds=1, threads=1, quiet=True))
+
 def test_hopeless_trials_are_stopped_and_the_others_never_started_over(here, monkeypatch):
     monkeypatch.setitem(executors.executors, "local", Steps)
     record = tune(here, read_axes(here, [], [["x", "-4", "4"]]), {"waste": 0.0}, [read_objective("loss:min")], 20, seeds=1, prune=3, workers=2, quiet=True)
