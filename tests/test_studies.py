@@ -1,5 +1,5 @@
 "Studies: the same ledger wherever they run, workers and whole studies that are killed, and tuning that finds a front that is known."
-import json, os, random
+import json, os, random, signal
 from pathlib import Path
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_notebook
@@ -90,6 +90,40 @@ stages:
     assert (report["metrics"]["stages"], report["metrics"]["stages/done"], report["parameters"]["study"]) == (3, 3, "s")
     pictures = {m for c in nbformat.read(place/"runs"/report["id"]/"notebook.ipynb", 4).cells for o in c.get("outputs", ()) for m in o.get("data", {})}
     assert {"image/png", "image/svg+xml"} <= pictures
+
+YAML = """
+name: stopped
+stages:
+  one: {job: %(job)s, parameters: {gate: %(gate)s}}
+  two: {job: %(job)s, parameters: {gate: %(gate)s, n: 2}}
+  three: {job: %(job)s, parameters: {gate: %(gate)s, n: 3}}
+"""
+
+@pytest.mark.parametrize("on, command, number", [("local", "run", "SIGTERM"), ("local", "tune", "SIGINT"), ("slurm-local", "run", "SIGINT"), ("ray", "sweep", "SIGINT"), ("ray", "tune", "SIGTERM")])
+def test_a_study_that_is_told_to_stop_stops_its_runs_and_goes_on(on, command, number, place, monkeypatch):
+    if on == "ray": pytest.importorskip("ray", reason="needs the extra cluster")
+    import psutil
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would what is started here
+    job = write_job(place, "waits", 'n: int = 1  # a number\nafter: str = ""  # a run to add\ngate: str = ""  # waits for a file with this name and .open', WAITS)
+    (place/"s.yaml").write_text(YAML % {"job": job.path, "gate": place/"gate"})
+    words = {"run": ["run", place/"s.yaml"], "sweep": ["sweep", job.path, "-p", "gate", place/"gate", "-g", "n", "1", "2", "3"],
+             "tune": ["tune", job.path, "-p", "gate", place/"gate", "-s", "n", "1", "1000000", "--objective", "n:min", "--trials", "3", "--seeds", "1"]}[command] + ["--on", on, "--workers", "2", "--threads", "1"]
+    env = {"LLMOPS_RUNS": str(place/"runs"), "RAY_ADDRESS": ""}
+    process = start_llmops(*words, env=env)
+    wait_until(lambda: len(list((place/"runs").glob("*/metrics.jsonl"))) == 2, process)
+    kernels = [psutil.Process(o["kernel"]["pid"]) for o in list_runs()]
+    tree = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(getattr(signal, number))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "The same command goes on" in said, said
+    assert not [o for o in psutil.wait_procs([*kernels, *tree], timeout=15)[1]]
+    assert {(o["status"], o["error"]["type"]) for o in list_runs()} <= {("killed", "Interrupted"), ("killed", "Killed")}
+    study = read_study_record("")
+    assert study["status"] == "stopped" and {o["state"] for o in study["stages"].values()} <= {"killed", "waiting"}, study
+    (place/"gate.open").touch()
+    again = json.loads(llmops(*words, "--json", env=env))
+    assert again["status"] == "finished" and sorted(o["how"] for o in again["stages"].values()) == ["ran", "resumed", "resumed"]
+    assert len(list_runs()) == 3
 
 def test_a_wrong_study_runs_nothing(place):
     (place/"s.yaml").write_text("stages:\n  prepare: {parameters: {limit: 10}}\n  finetune: {parameters: {data: 'stage:prepar'}}\n")

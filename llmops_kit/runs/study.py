@@ -7,7 +7,7 @@ __all__ = ['Stage', 'stage_refs', 'checked_values', 'read_study', 'in_order', 's
            'verdict_of', 'running_study', 'run_stages', 'run_study', 'depths', 'study_text', 'study_svg']
 
 # %% ../../nbs/runs/study.ipynb #55ad0f97
-import fcntl, json, os, re, signal, sys, threading, time
+import fcntl, json, math, os, re, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -117,15 +117,25 @@ def _alone(name): # the folder, for one process
         except OSError: raise UserError(f"Study {name} is being run by another process. Wait for it, or give this one another name.") from None
         yield folder
 
-@contextmanager
-def _interruptible(): # SIGTERM ends a study as Ctrl-C does
-    def ask(number, frame): raise KeyboardInterrupt
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = signal.signal(signal.SIGTERM, ask)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, old)
+class _Signals: # SIGTERM ends a study as Ctrl-C does; once it is being stopped, they say that it is to be over at once
+    def __init__(self): self.last, self.stopping, self.hurry = -math.inf, False, False
+
+    def __call__(self, number, frame):
+        before, self.last = self.last, time.monotonic()
+        if self.last - before < 2: return  # a scheduler and a terminal at once
+        if not self.stopping: raise KeyboardInterrupt
+        self.hurry = True
+
+    @contextmanager
+    def listening(self):
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        # what is ignored stays ignored: SIGINT of a shell's background jobs
+        before = {o: signal.signal(o, self) for o in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(o) != signal.SIG_IGN}
+        try: yield self
+        finally:
+            for o, handler in before.items(): signal.signal(o, handler)
 
 # %% ../../nbs/runs/study.ipynb #36ee09e8
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
@@ -205,12 +215,14 @@ def verdict_of(record:dict)->str: # empty, if nothing was certified
 @contextmanager
 def running_study(name:str, kind:str, **options): # as for `StudyRun`
     "A study under way; what still runs when it is interrupted saves, and goes on the next time."
-    with _alone(name) as folder, _interruptible():
+    with _alone(name) as folder, _Signals().listening() as signals:
         study = StudyRun(name, kind, folder, **options)
         try: yield study
         except BaseException as error:
-            study.ended(study.tasks.close())
+            signals.stopping = True
+            study.ended(study.tasks.close(lambda: signals.hurry))
             study.end(stopped=True)
+            if isinstance(error, KeyboardInterrupt) and not study.quiet: print(f"{name} was stopped. The same command goes on.", file=sys.stderr)
             raise
         study.end()
 
