@@ -99,7 +99,8 @@ stages:
   three: {job: %(job)s, parameters: {gate: %(gate)s, n: 3}}
 """
 
-@pytest.mark.parametrize("on, command, number", [("local", "run", "SIGTERM"), ("local", "tune", "SIGINT"), ("slurm-local", "run", "SIGINT"), ("ray", "sweep", "SIGINT"), ("ray", "tune", "SIGTERM")])
+@pytest.mark.parametrize("on, command, number", [("local", "run", "SIGTERM"), ("local", "tune", "SIGINT"), ("slurm-local", "run", "SIGINT"), ("ray", "tune", "SIGTERM"),
+                                                 pytest.param("ray", "sweep", "SIGINT", marks=pytest.mark.slow)])
 def test_a_study_that_is_told_to_stop_stops_its_runs_and_goes_on(on, command, number, place, monkeypatch):
     if on == "ray": pytest.importorskip("ray", reason="needs the extra cluster")
     import psutil
