@@ -1,5 +1,5 @@
 "Studies: the same ledger wherever they run, workers and whole studies that are killed, and tuning that finds a front that is known."
-import json, os, random
+import json, os, random, signal
 from pathlib import Path
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_notebook
@@ -88,8 +88,45 @@ stages:
     assert {o["state"] for o in once_more["stages"].values()} == {"reused"} and len(list_runs()) == 3
     report = json.loads(llmops("run", "study", "-p", "wandb", "off", "--json", env=env))
     assert (report["metrics"]["stages"], report["metrics"]["stages/done"], report["parameters"]["study"]) == (3, 3, "s")
-    pictures = {m for c in nbformat.read(place/"runs"/report["id"]/"notebook.ipynb", 4).cells for o in c.get("outputs", ()) for m in o.get("data", {})}
-    assert {"image/png", "image/svg+xml"} <= pictures
+    pictures = [m for c in nbformat.read(place/"runs"/report["id"]/"notebook.ipynb", 4).cells for o in c.get("outputs", ()) for m in o.get("data", {})]
+    assert pictures.count("image/png") == 2  # the graph, and the seconds
+    llmops("graph", again["stages"]["second"]["run"], "--picture", place/"graph.svg", env=env)
+    assert "<svg" in (place/"graph.svg").read_text()
+
+YAML = """
+name: stopped
+stages:
+  one: {job: %(job)s, parameters: {gate: %(gate)s}}
+  two: {job: %(job)s, parameters: {gate: %(gate)s, n: 2}}
+  three: {job: %(job)s, parameters: {gate: %(gate)s, n: 3}}
+"""
+
+@pytest.mark.parametrize("on, command, number", [("local", "run", "SIGTERM"), ("local", "tune", "SIGINT"), ("slurm-local", "run", "SIGINT"), ("ray", "tune", "SIGTERM"),
+                                                 pytest.param("ray", "sweep", "SIGINT", marks=pytest.mark.slow)])
+def test_a_study_that_is_told_to_stop_stops_its_runs_and_goes_on(on, command, number, place, monkeypatch):
+    if on == "ray": pytest.importorskip("ray", reason="needs the extra cluster")
+    import psutil
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would what is started here
+    job = write_job(place, "waits", 'n: int = 1  # a number\nafter: str = ""  # a run to add\ngate: str = ""  # waits for a file with this name and .open', WAITS)
+    (place/"s.yaml").write_text(YAML % {"job": job.path, "gate": place/"gate"})
+    words = {"run": ["run", place/"s.yaml"], "sweep": ["sweep", job.path, "-p", "gate", place/"gate", "-g", "n", "1", "2", "3"],
+             "tune": ["tune", job.path, "-p", "gate", place/"gate", "-s", "n", "1", "1000000", "--objective", "n:min", "--trials", "3", "--seeds", "1"]}[command] + ["--on", on, "--workers", "2", "--threads", "1"]
+    env = {"LLMOPS_RUNS": str(place/"runs"), "RAY_ADDRESS": ""}
+    process = start_llmops(*words, env=env)
+    wait_until(lambda: len(list((place/"runs").glob("*/metrics.jsonl"))) == 2, process)
+    kernels = [psutil.Process(o["kernel"]["pid"]) for o in list_runs()]
+    tree = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(getattr(signal, number))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "The same command goes on" in said, said
+    assert not [o for o in psutil.wait_procs([*kernels, *tree], timeout=15)[1]]
+    assert {(o["status"], o["error"]["type"]) for o in list_runs()} <= {("killed", "Interrupted"), ("killed", "Killed")}
+    study = read_study_record("")
+    assert study["status"] == "stopped" and {o["state"] for o in study["stages"].values()} <= {"killed", "waiting"}, study
+    (place/"gate.open").touch()
+    again = json.loads(llmops(*words, "--json", env=env))
+    assert again["status"] == "finished" and sorted(o["how"] for o in again["stages"].values()) == ["ran", "resumed", "resumed"]
+    assert len(list_runs()) == 3
 
 def test_a_wrong_study_runs_nothing(place):
     (place/"s.yaml").write_text("stages:\n  prepare: {parameters: {limit: 10}}\n  finetune: {parameters: {data: 'stage:prepar'}}\n")
@@ -172,6 +209,56 @@ def test_tune_recovers_a_front_that_is_known_after_two_kills(here):
     assert default["parameters"] == {"x": 3.5, "waste": 0.5} and not default["best"] and all(o["n"] == 3 and o["low"] < o["mean"] < o["high"] for r in rows for o in r["objectives"].values())
     count = len(list_runs())
     assert call()["best"] == record["best"] and len(list_runs()) == count
+
+def tried(record): return [(o["number"], o["state"], o["parameters"], o["values"]) for o in record["trials"]]
+
+def elsewhere(place, name, monkeypatch): monkeypatch.setenv("LLMOPS_RUNS", str(place/name))
+
+@pytest.mark.parametrize("objectives", [["loss:min"], ["f1:min", "f2:min"]]) # drawn together, and one by one
+def test_a_killed_study_tries_what_it_would_have_tried(objectives, here, place, monkeypatch):
+    call = lambda: tune(here, read_axes(here, [["waste", "0", "0.5", "1"]], [["x", "-4", "4"]]), {}, [read_objective(o) for o in objectives], 16, seeds=1, quiet=True)
+    whole = call()
+    elsewhere(place, "killed", monkeypatch)
+    for kill in 3, 10: # while Optuna draws at random, and when it does not any more
+        monkeypatch.setattr(Here, "killed_after", kill)
+        with pytest.raises(SystemExit): call()
+    def die(*args, **more): raise SystemExit
+    import optuna
+    with monkeypatch.context() as first: # with one of two parameters drawn
+        first.setattr(Here, "killed_after", None)
+        first.setattr(optuna.Trial, "suggest_float", die)
+        with pytest.raises(SystemExit): call()
+    monkeypatch.setattr(Here, "killed_after", None)
+    assert tried(call()) == tried(whole) and len({str(o["parameters"]) for o in whole["trials"]}) == 16
+
+HALTS = '''from llmops_kit.runs.job import Run
+import os, time
+run = Run.start("halts")
+run.log({"loss": x}, step=0)
+while run.record["stage"] == "trial-001" and not os.path.exists(gate + ".open"): time.sleep(0.05)
+run.finish({"loss": (x - 1)**2})'''
+
+class Halts(Here):
+    @staticmethod
+    def metrics(p): return {"loss": (p["x"] - 1)**2}
+
+def test_tune_killed_with_all_its_processes(place, monkeypatch):
+    job = write_job(place, "halts", 'x: float = 3.5  # where\nchoice: str = "a"  # of no effect\ngate: str = ""  # the second trial waits for this file, with .open behind', HALTS)
+    command = ["tune", place/"halts.ipynb", "-s", "x", "-4", "4", "-g", "choice", "a", "b", "c", "-p", "gate", place/"gate", "--objective", "loss:min", "--trials", "4", "--seeds", "1", "--threads", "1"]
+    env = {"LLMOPS_RUNS": str(place/"runs")}
+    process = start_llmops(*command, env=env)
+    logged = lambda: {read_record(o.parent.name)["stage"]: o.parent.name for o in (place/"runs").glob("*/metrics.jsonl")}
+    wait_until(lambda: "trial-001" in logged(), process)
+    kill_tree(process)
+    before = logged()
+    (place/"gate.open").touch()
+    record = json.loads(llmops(*command, "--json", env=env))
+    runs = {o["stage"]: o for o in list_runs()}
+    assert len(list_runs()) == len(runs) == 4 and {k: runs[k]["id"] for k in before} == before
+    assert [len(runs[f"trial-00{n}"].get("resumed", [])) for n in range(4)] == [0, 1, 0, 0]
+    elsewhere(place, "whole", monkeypatch)
+    monkeypatch.setitem(executors.executors, "local", Halts)
+    assert tried(record) == tried(tune(job, record["axes"], record["given"], [read_objective("loss:min")], 4, seeds=1, threads=1, quiet=True))
 
 def test_hopeless_trials_are_stopped_and_the_others_never_started_over(here, monkeypatch):
     monkeypatch.setitem(executors.executors, "local", Steps)

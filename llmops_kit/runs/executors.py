@@ -7,7 +7,7 @@ __all__ = ['lost', 'executors', 'retries', 'new_task', 'finished_task', 'run_tas
            'SlurmLocalWorkers', 'RayWorkers', 'Tasks']
 
 # %% ../../nbs/runs/executors.ipynb #f17cc063
-import json, os, re, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, threading, time
 from pathlib import Path
 from .catalog import load_job
 from .engine import execute_record
@@ -50,6 +50,7 @@ def run_task(task:dict)->dict: # `run`: its id; `status`; `how`: ran, reused or 
     "Do a task in this process, and wait for its end."
     os.environ |= {"LLMOPS_RUNS": task["runs"], "OMP_NUM_THREADS": str(task["threads"])}
     if os.path.isdir(task["folder"]): os.chdir(task["folder"])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which Ray's workers block, and a kernel would inherit
     try:
         job, record = _prepared(task)
         while True:
@@ -94,6 +95,10 @@ class LocalWorkers:
         "Ask a task to save and end."
         if not isinstance(handle, dict): handle.terminate()
 
+    def kill(self, handle):
+        "End a task that was asked in vain; its kernel does not outlive it."
+        if not isinstance(handle, dict): handle.kill()
+
 def _needs(package, extra):
     from importlib import import_module
     try: return import_module(package)
@@ -109,11 +114,14 @@ class SlurmWorkers:
         except RuntimeError as error: raise UserError(f"There is no Slurm here ({error}). Use --on local, or slurm-local to try the same on this machine.") from None
         self.executor.update_parameters(name="llmops", cpus_per_task=threads, timeout_min=24*60, **({"gpus_per_node": int(gpus)} if gpus else {}))
         class Task(submitit.helpers.Checkpointable): # preempted or out of time, it is put into the queue again, and goes on
-            def __call__(self, task): return run_task(task)
+            def __call__(self, task):
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # submitit lets it pass
+                return run_task(task)
         self.task, self.uncompleted = Task(), submitit.core.utils.UncompletedJobError
 
     def start(self, task:dict): return self.executor.submit(self.task, task)
     def stop(self, handle): handle.cancel()
+    def kill(self, handle): handle.cancel()
     def result(self, handle)->dict|None:
         if not handle.done(): return None
         try: return handle.result()
@@ -122,6 +130,7 @@ class SlurmWorkers:
 class SlurmLocalWorkers(SlurmWorkers):
     "submitit's own executor for one machine: the same path without a cluster."
     cluster = "local"
+    def stop(self, handle): os.kill(int(handle.job_id), signal.SIGTERM)  # `cancel` kills after a second, in which no model is saved
 
 class RayWorkers:
     "A Ray task for each; Ray restarts those whose worker or machine is lost."
@@ -129,11 +138,14 @@ class RayWorkers:
         self.ray = _needs("ray", "cluster")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         where = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers*threads, "include_dashboard": False}
+        before = signal.getsignal(signal.SIGTERM)
         if not self.ray.is_initialized(): self.ray.init(log_to_driver=False, logging_level="ERROR", **where)
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, before)  # Ray's own ends this process at once
         self.task = self.ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=retries)(run_task)
 
     def start(self, task:dict): return self.task.remote(task)
     def stop(self, handle): self.ray.cancel(handle, force=False)
+    def kill(self, handle): self.ray.cancel(handle, force=True)
     def result(self, handle)->dict|None:
         if not self.ray.wait([handle], timeout=0)[0]: return None
         try: return self.ray.get(handle)
@@ -180,13 +192,18 @@ class Tasks:
             else: found[name] = {"run": None, "how": "lost"} | result | ({"status": "failed"} if gone else {})
         return found
 
-    def close(self, patience:float=30): # seconds until a worker is left behind
-        "Stop everything that still runs, and wait for it."
+    def close(self,
+              hurry=lambda: False, # is it to be over at once?
+              patience:float=30,   # seconds for a worker to save
+              )->dict[str, dict]:  # name to result
+        "Stop everything that still runs, and wait for it; what does not end is killed."
         for name in self.running: self.stop(name)
         deadline, self.most = time.monotonic() + patience, 0
         found = {}
-        while self.running and time.monotonic() < deadline:
+        while self.running and time.monotonic() < deadline and not hurry():
             self.lost = dict.fromkeys(self.running, retries)
             found |= self.ended()
             time.sleep(0.1)
+        for _, handle in self.running.values(): self.workers.kill(handle)
+        found |= {name: {"run": None, "status": "killed", "how": "lost", "error": {"type": "Lost", "message": "Killed, since it did not stop by itself."}} for name in self.running}
         return {k: o | ({"status": "killed"} if o["how"] == "lost" else {}) for k, o in found.items()}

@@ -49,6 +49,9 @@ def graph_command(arguments):
     "Which runs a run was made from, and which were made from it."
     from llmops_kit.runs.lineage import lineage
     found = lineage(arguments.run)
+    if arguments.picture:
+        from llmops_kit.runs.graph import save_picture
+        print(f"written to {save_picture(found.figure(), arguments.picture)}", file=sys.stderr)
     print_json(found.as_dict()) if arguments.json else print(found)
     return 0
 

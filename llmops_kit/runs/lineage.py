@@ -7,6 +7,7 @@ __all__ = ['all_links', 'reached', 'Lineage', 'lineage']
 
 # %% ../../nbs/runs/lineage.ipynb #92dbb3ca
 from dataclasses import dataclass
+from .graph import Box, draw_graph, outcome
 from .ledger import ask_index, checked, read_record, resolve_run
 
 # %% ../../nbs/runs/lineage.ipynb #a47d9a5c
@@ -58,6 +59,25 @@ class Lineage:
                     yield from lines(o, before + along)
             if len(found) > most: yield f"{before}└─ and {len(found) - most} more"
         return list(lines(self.run, "  "))
+
+    def figure(self, most=12): # matplotlib's
+        "The same as a picture."
+        from llmops_kit.runs.study import verdict_of
+        links, boxes = {}, {}
+        for way in (self.needs, self.users):
+            shown = {k: dict(sorted(v.items())[:most]) for k, v in way.items()}
+            for id in reached([self.run], shown):
+                boxes[id] = self._box(id, verdict_of)
+                links |= {(o, id) if way is self.needs else (id, o): name for o, name in shown.get(id, {}).items()}
+                if (more := len(way.get(id, ())) - most) > 0:
+                    boxes[f"{id} more"] = Box(f"and {more} more")
+                    links[(f"{id} more", id) if way is self.needs else (id, f"{id} more")] = ""
+        return draw_graph(boxes, links)
+
+    def _box(self, id, verdict_of):
+        if id not in self.states: return Box(id.split("-")[2], (id, "not in this ledger"))
+        record = read_record(id)
+        return Box(record["job"], (id, *outcome(self.states[id], record.get("seconds"), verdict_of(record))), self.states[id], id == self.run)
 
     def __repr__(self):
         needs, users = self._tree(self.needs), self._tree(self.users)

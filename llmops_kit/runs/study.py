@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['Stage', 'stage_refs', 'checked_values', 'read_study', 'in_order', 'study_folder', 'read_study_record', 'StudyRun',
-           'verdict_of', 'running_study', 'run_stages', 'run_study', 'depths', 'study_text', 'study_svg']
+           'verdict_of', 'running_study', 'run_stages', 'run_study', 'study_text', 'study_figure']
 
 # %% ../../nbs/runs/study.ipynb #55ad0f97
-import fcntl, json, os, re, signal, sys, threading, time
+import fcntl, json, math, os, re, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from graphlib import CycleError, TopologicalSorter
-from html import escape
 from pathlib import Path
 from .artifacts import write_atomic
 from .catalog import Job, load_job
 from .errors import UserError, nearest
 from .executors import Tasks, new_task
+from .graph import Box, depths, draw_graph, outcome
 from .job import resolve_references
 from .ledger import read_record, runs_dir, this_process
 from .parameters import check_names, check_value, parse_value
@@ -117,15 +117,25 @@ def _alone(name): # the folder, for one process
         except OSError: raise UserError(f"Study {name} is being run by another process. Wait for it, or give this one another name.") from None
         yield folder
 
-@contextmanager
-def _interruptible(): # SIGTERM ends a study as Ctrl-C does
-    def ask(number, frame): raise KeyboardInterrupt
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = signal.signal(signal.SIGTERM, ask)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, old)
+class _Signals: # SIGTERM ends a study as Ctrl-C does; once it is being stopped, they say that it is to be over at once
+    def __init__(self): self.last, self.stopping, self.hurry = -math.inf, False, False
+
+    def __call__(self, number, frame):
+        before, self.last = self.last, time.monotonic()
+        if self.last - before < 2: return  # a scheduler and a terminal at once
+        if not self.stopping: raise KeyboardInterrupt
+        self.hurry = True
+
+    @contextmanager
+    def listening(self):
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        # what is ignored stays ignored: SIGINT of a shell's background jobs
+        before = {o: signal.signal(o, self) for o in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(o) != signal.SIG_IGN}
+        try: yield self
+        finally:
+            for o, handler in before.items(): signal.signal(o, handler)
 
 # %% ../../nbs/runs/study.ipynb #36ee09e8
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
@@ -205,12 +215,14 @@ def verdict_of(record:dict)->str: # empty, if nothing was certified
 @contextmanager
 def running_study(name:str, kind:str, **options): # as for `StudyRun`
     "A study under way; what still runs when it is interrupted saves, and goes on the next time."
-    with _alone(name) as folder, _interruptible():
+    with _alone(name) as folder, _Signals().listening() as signals:
         study = StudyRun(name, kind, folder, **options)
         try: yield study
         except BaseException as error:
-            study.ended(study.tasks.close())
+            signals.stopping = True
+            study.ended(study.tasks.close(lambda: signals.hurry))
             study.end(stopped=True)
+            if isinstance(error, KeyboardInterrupt) and not study.quiet: print(f"{name} was stopped. The same command goes on.", file=sys.stderr)
             raise
         study.end()
 
@@ -238,15 +250,10 @@ def run_study(name:str, stages:list[Stage], kind:str="pipeline", **options)->dic
     return study.record
 
 # %% ../../nbs/runs/study.ipynb #faebd47e
-def depths(stages:dict)->dict[str, int]: # name to the stage's entry in the record
-    "How many stages must come before, at least, one after the other."
-    found = {}
-    for name in TopologicalSorter({k: o["needs"] for k, o in stages.items()}).static_order(): found[name] = max((found[n] + 1 for n in stages[name]["needs"]), default=0)
-    return found
-
 def study_text(record:dict)->str: # a study's record
     "A study on the terminal: its graph, with state, time and verdict."
-    stages, depth = record["stages"], depths(record["stages"])
+    stages = record["stages"]
+    depth = depths({k: o["needs"] for k, o in stages.items()})
     counts = {k: sum(o["state"] == k for o in stages.values()) for k in dict.fromkeys(o["state"] for o in stages.values())}
     rows = [["stage", "after", "state", "seconds", "certificates", "run"]]
     for name, o in stages.items():
@@ -256,21 +263,7 @@ def study_text(record:dict)->str: # a study's record
     errors = [f"{k}: {o['error']['message']}" for k, o in stages.items() if o["error"]]
     return "\n".join([f"{record['name']}  {record['status']} in {seconds:.1f} s: {', '.join(f'{v} {k}' for k, v in counts.items())}", columns(rows, right=[3]), *errors])
 
-_colours = {"finished": "#d7f0d7", "reused": "#e8f4fd", "failed": "#f8d0d0", "killed": "#f8d0d0", "running": "#fff3c4", "pruned": "#eeeeee"}
-
-def study_svg(record:dict)->str: # a study's record
-    "The graph of a study as a picture: what comes first stands left."
-    stages, depth = record["stages"], depths(record["stages"])
-    wide, high, places, at = 170, 52, {}, {}
-    for name in stages:
-        row = at[depth[name]] = at.get(depth[name], -1) + 1
-        places[name] = 10 + depth[name]*(wide + 50), 10 + row*(high + 18)
-    lines = [f'<path d="M{places[n][0] + wide} {places[n][1] + high/2} C{places[n][0] + wide + 30} {places[n][1] + high/2} {places[k][0] - 30} {places[k][1] + high/2} {places[k][0]} {places[k][1] + high/2}" fill="none" stroke="#888"/>'
-             for k, o in stages.items() for n in o["needs"]]
-    for name, o in stages.items():
-        x, y = places[name]
-        told = [o["state"] + ("" if o["seconds"] is None else f", {o['seconds']:.1f} s"), o["verdict"]]
-        lines.append(f'<rect x="{x}" y="{y}" width="{wide}" height="{high}" rx="6" fill="{_colours.get(o["state"], "#ffffff")}" stroke="#888"><title>{escape(o["run"] or "")}</title></rect>')
-        lines += [f'<text x="{x + 8}" y="{y + 16 + 15*n}" font-size="{13 if n == 0 else 11}"{" font-weight=" + chr(34) + "bold" + chr(34) if n == 0 else ""}>{escape(t[:26])}</text>' for n, t in enumerate([name, *told])]
-    width, height = 20 + wide + max(x for x, _ in places.values()), 20 + high + max(y for _, y in places.values())
-    return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">{"".join(lines)}</svg>'
+def study_figure(record:dict): # a study's record
+    "The graph of a study as a picture."
+    return draw_graph({k: Box(k, outcome(o["state"], o["seconds"], o["verdict"]), o["state"]) for k, o in record["stages"].items()},
+                      {(n, k): "" for k, o in record["stages"].items() for n in o["needs"]})
