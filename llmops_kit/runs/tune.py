@@ -180,14 +180,19 @@ def repeat_best(run:StudyRun, job:Job, given:dict, chosen:dict[int, dict], seeds
     run_stages(run, [Stage(f"{trial_name(n)},seed={first + s}", job, given | point | {"seed": first + s}) for n, point in chosen.items() for s in range(1, seeds)])
 
 # %% ../../nbs/runs/tune.ipynb #e1698b3c
-def best_rows(record:dict)->list[dict]: # trial, whether it is the default, parameters, and each objective's interval over seeds
+def best_rows(record:dict)->list[dict]: # trial, whether it is the default, parameters, each objective's interval over seeds, and that of its differences from the default over the seeds that did not choose the trial
     "The front of a tuning, and the default beside it."
-    stages, rows = record["stages"], []
-    for n in sorted({*record["best"], *([record["default"]] if record["default"] is not None else [])}):
-        own = [o["run"] for k, o in stages.items() if k.split(",")[0] == trial_name(n) and o["state"] in ("finished", "reused")]
-        values = {o["metric"]: [v for v in (read_record(r)["metrics"][o["metric"]] for r in own) if isinstance(v, (int, float))] for o in record["objectives"]}
+    stages, rows, default = record["stages"], [], record["default"]
+    def values_of(n): # metric to seed to value; the seed of the trial itself is ""
+        own = {k.partition(",")[2]: read_record(o["run"])["metrics"] for k, o in stages.items() if k.split(",")[0] == trial_name(n) and o["state"] in ("finished", "reused")}
+        return {o["metric"]: {seed: found[o["metric"]] for seed, found in own.items() if isinstance(found[o["metric"]], (int, float))} for o in record["objectives"]}
+    beside = {} if default is None else values_of(default)
+    for n in sorted({*record["best"], *([] if default is None else [default])}):
+        if any(o["run"] == stages[trial_name(n)]["run"] for o in rows): continue # the same point drawn once more
+        values = values_of(n)
+        gains = {k: [v - beside[k][seed] for seed, v in o.items() if seed and seed in beside[k]] for k, o in values.items()} if beside and n != default else {}
         rows.append({"trial": n, "default": n == record["default"], "best": n in record["best"], "run": stages[trial_name(n)]["run"],
-                     "parameters": {k: record["trials"][n]["parameters"][k] for k in record["axes"]}, "objectives": {k: interval(v) for k, v in values.items()}})
+                     "parameters": {k: record["trials"][n]["parameters"][k] for k in record["axes"]}, "objectives": {k: interval([*o.values()]) for k, o in values.items()}, "beside_default": {k: interval(o) for k, o in gains.items() if o}})
     first = record["objectives"][0]
     return sorted(rows, key=lambda o: (-1 if first["direction"] == "maximize" else 1)*(o["objectives"][first["metric"]]["mean"] or math.inf))
 
@@ -199,4 +204,10 @@ def tune_text(record:dict)->str: # a study's record
     shown, heads = list(record["axes"]), [o["metric"] for o in record["objectives"]]
     table = [["trial", *shown, *heads, "run"]] + [[str(o["trial"]) + (" (default)" if o["default"] else "") + ("" if o["best"] else ", not best"), *(number(o["parameters"][k]) for k in shown),
                                                    *(interval_text(o["objectives"][k]) for k in heads), o["run"]] for o in rows]
-    return "\n".join([f"{record['name']}: {', '.join(f'{v} {k}' for k, v in counts.items())}; " + ("the best" if len(heads) == 1 else "the front"), columns(table, right=range(1, 1 + len(shown) + len(heads)))])
+    def said(metric, direction, o): # lower is better, or higher
+        sign = -1 if direction == "maximize" else 1
+        verdict = "not decided" if o["low"] is None or o["low"] <= 0 <= o["high"] else "better" if sign*o["mean"] < 0 else "worse"
+        return f"{metric} {interval_text(o)}, {verdict}"
+    told = [f"Trial {o['trial']} less the default, paired over the {next(iter(o['beside_default'].values()))['n']} seeds that did not choose it: "
+            + "; ".join(said(k["metric"], k["direction"], o["beside_default"][k["metric"]]) for k in record["objectives"] if k["metric"] in o["beside_default"]) + "." for o in rows if o["beside_default"]]
+    return "\n".join([f"{record['name']}: {', '.join(f'{v} {k}' for k, v in counts.items())}; " + ("the best" if len(heads) == 1 else "the front"), columns(table, right=range(1, 1 + len(shown) + len(heads))), *told])
