@@ -227,13 +227,13 @@ def test_limits_hold_for_a_replay_and_a_resumption(tmp_path, parent):
     job = notebook(tmp_path/"waits.ipynb", ('wandb: str = "off"  # where, in {off, offline}\nseed: int = 0  # of all', "parameters"),
                    f"from llmops_kit.runs.job import Run\nimport os, time\nrun = Run.start('waits')\nif os.path.exists({str(tmp_path/'gate')!r}): time.sleep(600)\nrun.finish({{}})")
     env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
-    first = json.loads(llmops("run", str(job), "--silence-timeout", "1.5", "--cell-timeout", "300", "--json", env=env))
+    first = json.loads(llmops("run", str(job), "--silence-timeout", "5", "--cell-timeout", "300", "--json", env=env))
     (tmp_path/"gate").touch()
     for again in "replay", "resume":
         newest = lambda: json.loads(llmops("runs", "--json", env=env))[0]["id"]
         assert run_command("llmops", again, newest(), env=env).returncode == 1
         record = json.loads(llmops("show", newest(), "--json", env=env))
-        assert record["limits"] == first["limits"] == {"cell_seconds": 300, "silence_seconds": 1.5} and "No output and no progress for 1.5 seconds" in record["error"]["message"]
+        assert record["limits"] == first["limits"] == {"cell_seconds": 300, "silence_seconds": 5} and "No output and no progress for 5 seconds" in record["error"]["message"]
     assert record["replay_of"] == first["id"] and len(record["resumed"]) == 1
 
 
