@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_code_cell, new_notebook
 from papermill.__main__ import papermill as command
-from conftest import kill_tree, llmops, start_llmops, wait_until
+from conftest import kill_tree, llmops, run_command, start_llmops, wait_until
 from llmops_kit.runs import engine
 from llmops_kit.runs.forked import ask, kernel_environment, warm_place
 
@@ -221,6 +221,20 @@ def test_silence_fails_a_run(tmp_path, parent):
     process.communicate(timeout=60)
     record = json.loads(llmops("runs", "--json", env={"LLMOPS_RUNS": str(tmp_path/"runs")}))[0]
     assert process.returncode == 1 and record["status"] == "failed" and "No output and no progress for 1.5 seconds, in cell 3 of 3: time.sleep(600)" in record["error"]["message"]
+
+
+def test_limits_hold_for_a_replay_and_a_resumption(tmp_path, parent):
+    job = notebook(tmp_path/"waits.ipynb", ('wandb: str = "off"  # where, in {off, offline}\nseed: int = 0  # of all', "parameters"),
+                   f"from llmops_kit.runs.job import Run\nimport os, time\nrun = Run.start('waits')\nif os.path.exists({str(tmp_path/'gate')!r}): time.sleep(600)\nrun.finish({{}})")
+    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
+    first = json.loads(llmops("run", str(job), "--silence-timeout", "5", "--cell-timeout", "300", "--json", env=env))
+    (tmp_path/"gate").touch()
+    for again in "replay", "resume":
+        newest = lambda: json.loads(llmops("runs", "--json", env=env))[0]["id"]
+        assert run_command("llmops", again, newest(), env=env).returncode == 1
+        record = json.loads(llmops("show", newest(), "--json", env=env))
+        assert record["limits"] == first["limits"] == {"cell_seconds": 300, "silence_seconds": 5} and "No output and no progress for 5 seconds" in record["error"]["message"]
+    assert record["replay_of"] == first["id"] and len(record["resumed"]) == 1
 
 
 @pytest.mark.slow

@@ -111,7 +111,8 @@ def replay(ref:str,              # a finished run
     if hidden: raise UserError(f"The record keeps no secrets. Give {', '.join(hidden)} again: `llmops replay {record['id']} -p {hidden[0]} …`.")
     values = {k: check_value(job.parameters[k], v) for k, v in (record["parameters"] | inputs_here(record) | secrets).items()}
     damage = record_damage(record)
-    new = execute_job(job, values, record["given"], threads=record["environment"]["threads"], quiet=quiet, replay_of=record["id"])
+    limits = {"limits": record["limits"]} if "limits" in record else {}
+    new = execute_job(job, values, record["given"], threads=record["environment"]["threads"], quiet=quiet, replay_of=record["id"], **limits)
     if new["status"] != "finished":
         return new, [], damage + [Difference("record", "status", record["status"], f"{new['status']}: {new['error']['message']}")]
     surroundings = environment_differences(record, new)
