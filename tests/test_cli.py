@@ -27,9 +27,9 @@ def test_runs_that_cannot_be_written(tmp_path):
     done = run_command("llmops", "run", "prepare", cwd=tmp_path, env={"LLMOPS_RUNS": str(tmp_path/"runs")})
     assert done.returncode == 2 and "Cannot write a run to" in done.stderr and "set LLMOPS_RUNS" in done.stderr
 
-def test_parameters_from_a_file(tmp_path):
+def test_parameters_from_a_file(tmp_path, warm):
     (tmp_path/"p.yaml").write_text("limit: 50\nvalidation: 2e-1\nwandb: 'off'\n")
-    record = json.loads(llmops("run", "prepare", "-f", tmp_path/"p.yaml", "-p", "limit", "60", "--name", "small", "--json", env={"LLMOPS_RUNS": str(tmp_path/"runs")}))
+    record = json.loads(llmops("run", "prepare", "-f", tmp_path/"p.yaml", "-p", "limit", "60", "--name", "small", "--json", env=warm | {"LLMOPS_RUNS": str(tmp_path/"runs")}))
     assert (record["parameters"]["limit"], record["parameters"]["validation"], record["given"]) == (60, 0.2, ["limit", "validation", "wandb"])
     assert (record["name"], record["status"]) == ("small", "finished")
 
@@ -47,7 +47,7 @@ def test_every_shipped_job_declares_itself():
 
 def test_sigterm_ends_a_run_cleanly(tmp_path):
     env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
-    process = start_llmops("run", "finetune", "-p", "max_steps", "400", "-p", "certify", "off", "-p", "wandb", "off", env=env)
+    process = start_llmops("run", "finetune", "-p", "max_steps", "400", "-p", "certify", "off", "-p", "wandb", "off", "-p", "train_examples", "100", "-p", "validation_examples", "8", env=env)
     wait_until(lambda: list((tmp_path/"runs").glob("*/metrics.jsonl")), process)
     process.terminate()
     _, told = process.communicate(timeout=60)
