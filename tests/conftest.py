@@ -6,6 +6,7 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 os.environ["LLMOPS_WARM"] = "0" # a test says itself when it wants a warm parent
+GIVEN = frozenset(os.environ)
 
 # longest first, so that none of them is begun when the others are done
 LONG = ["test_jobs", "test_zoo_continuation", "test_training_jobs", "test_zoo_invariance", "test_resume", "test_prepare_job", "test_studies", "test_kills", "test_lab", "test_engine", "test_zoo_precision",
@@ -16,9 +17,12 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items): items.sort(key=lambda o: LONG.index(o.path.stem) if o.path.stem in LONG else len(LONG))
 
+def surroundings(): # what libraries set while they are imported here is not the user's, and a warm parent is another one with it
+    return {k: v for k, v in os.environ.items() if k in GIVEN or not k.startswith(("HF_", "KMP_", "RAY_", "TORCH"))}
+
 def run_command(*command, cwd=None, env=None):
     "Run a command as one would with the environment activated; what it printed and its exit code."
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **(env or {})}
+    env = {**surroundings(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **(env or {})}
     return subprocess.run([*map(str, command)], cwd=cwd or PROJECT, env=env, text=True, capture_output=True)
 
 def checked(*command, cwd=None, env=None):
