@@ -1,7 +1,8 @@
 "The command line as scripts see it: exit codes, stdout, messages that name the fix, and nothing written by a wrong call."
 import json
-import pytest
-from conftest import PROJECT, llmops, run_command, start_llmops, wait_until
+import nbformat, pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from conftest import PROJECT, few, llmops, options, run_command, start_llmops, wait_until
 
 @pytest.mark.parametrize("arguments, message", [
     (["-p", "lrr", "1e-3"], "Did you mean lr?"),
@@ -45,9 +46,16 @@ def test_every_shipped_job_declares_itself():
         assert job["summary"] and all(o["help"] for o in described["parameters"])
         assert {"seed", "wandb"} <= {o["name"] for o in described["parameters"]}
 
-def test_sigterm_ends_a_run_cleanly(tmp_path):
-    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
-    process = start_llmops("run", "finetune", "-p", "max_steps", "400", "-p", "certify", "off", "-p", "wandb", "off", "-p", "train_examples", "100", "-p", "validation_examples", "8", env=env)
+@pytest.mark.parametrize("job", few(["waits", "finetune"], ["waits"]))
+def test_sigterm_ends_a_run_cleanly(job, tmp_path):
+    env, values = {"LLMOPS_RUNS": str(tmp_path/"runs")}, {"wandb": "off"}
+    if job == "finetune": values |= {"max_steps": 400, "certify": "off", "train_examples": 100, "validation_examples": 8}
+    else:
+        cells = [new_code_cell('seed: int = 0  # of all\nwandb: str = "off"  # where', metadata={"tags": ["parameters"]}),
+                 new_code_cell("from llmops_kit.runs.job import Run\nimport threading\nrun = Run.start('waits')\nrun.log({'n': 1}, step=0)\nwhile True: threading.Event().wait(0.1)")]
+        job = tmp_path/"waits.ipynb"
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), job)
+    process = start_llmops("run", job, *options(values), env=env)
     wait_until(lambda: list((tmp_path/"runs").glob("*/metrics.jsonl")), process)
     process.terminate()
     _, told = process.communicate(timeout=60)

@@ -18,7 +18,7 @@ MOMENTS = {
     "training is well under way": lambda run: _lines(run) >= 12,
 }
 
-SHORT = "the notebook was first written", "training is well under way"
+SHORT = "training is well under way",
 
 @pytest.mark.parametrize("moment", [o if o in SHORT else pytest.param(o, marks=pytest.mark.slow) for o in MOMENTS])
 def test_sigkill_of_the_whole_tree(moment, tmp_path, warm):

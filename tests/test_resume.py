@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import kill_tree, llmops, options, run_command, run_job, start_llmops, wait_until
+from conftest import CHAIN, kill_tree, llmops, options, run_command, run_job, start_llmops, wait_until
 from test_training import EXAMPLES, SMALL, random_lm
 from llmops_kit.runs.artifacts import sha256_of
 from llmops_kit.runs.history import comparable
@@ -183,8 +183,7 @@ def test_out_of_memory(tmp_path, monkeypatch):
 
 # -- a run, killed and resumed from outside
 
-JOB = {"max_steps": 24, "train_examples": 100, "validation_examples": 8, "eval_every": 8, "patience": 0, "tokens_per_batch": 256, "gradient_accumulation": 2, "max_new_tokens": 4, "wandb": "off", "certify": "off"}
-LONG = JOB | {"max_steps": 60, "train_examples": 300, "validation_examples": 20, "eval_every": 20}
+JOB = {"max_steps": 60, "train_examples": 300, "validation_examples": 20, "eval_every": 20, "patience": 0, "tokens_per_batch": 256, "gradient_accumulation": 2, "max_new_tokens": 4, "wandb": "off", "certify": "off"}
 
 
 def steps_done(folder):
@@ -202,7 +201,7 @@ def killed_and_resumed(kills, values, runs, env, rng, warm=None):
     "One run, killed so often at random steps, each time resumed, with a forked kernel at last where `warm` says how; its record at the end."
     process, id = start_llmops("run", "finetune", *options(values), "--fresh", env=env), None
     seen = set(runs.glob("2*"))
-    for n, step in enumerate(sorted(rng.randint(1, values["max_steps"] - 1) for _ in range(kills))):
+    for n, step in enumerate(sorted(rng.sample(range(1, values["max_steps"]), kills))):
         wait_until(lambda: set(runs.glob("*/run.json")) - {o/"run.json" for o in seen} or id, process)
         id = id or next(o.name for o in set(runs.glob("2*")) - seen)
         wait_until(lambda: steps_done(runs/id) >= step, process)
@@ -217,14 +216,14 @@ def env(tmp_path_factory): return {"LLMOPS_RUNS": str(tmp_path_factory.mktemp("r
 
 @pytest.fixture(scope="module")
 def uninterrupted(env):
-    record = run_job("finetune", LONG, env)
+    record = run_job("finetune", JOB, env)
     return outcome(record, Path(env["LLMOPS_RUNS"])/record["id"])
 
 
-def test_sigkill_and_resume(env, warm):
-    runs = Path(env["LLMOPS_RUNS"])
-    whole = run_job("finetune", JOB, warm | env)  # by a forked kernel; those that are killed start clean
-    record = killed_and_resumed(2, JOB, runs, env, random.Random(0), warm)
+def test_sigkill_and_resume(chain_copy, warm):
+    runs, records = chain_copy
+    env, whole, values = {"LLMOPS_RUNS": str(runs), "WANDB_MODE": "offline"}, records["finetune"], CHAIN["finetune"] | {"data": records["prepare"]["id"]}
+    record = killed_and_resumed(2, values, runs, env, random.Random(7), warm)
     assert outcome(record, runs/record["id"]) == outcome(whole, runs/whole["id"])
     assert [o["after"] for o in record["resumed"]] == ["killed"]*2 and record["status"] == "finished" and record["error"] is None
     assert [o["name"] for o in record["steps"]] == [o["name"] for o in whole["steps"]]
@@ -236,7 +235,7 @@ def test_sigkill_and_resume(env, warm):
 def test_sigterm_saves_and_names_the_way_on(env, uninterrupted):
     runs = Path(env["LLMOPS_RUNS"])
     before = set(runs.glob("2*"))
-    process = start_llmops("run", "finetune", *options(LONG), "--fresh", env=env)
+    process = start_llmops("run", "finetune", *options(JOB), "--fresh", env=env)
     wait_until(lambda: any(steps_done(o) >= 20 for o in set(runs.glob("2*")) - before), process)
     id = (set(runs.glob("2*")) - before).pop().name
     refused = run_command("llmops", "resume", id, env=env)
@@ -255,7 +254,7 @@ def test_twenty_sigkills(env, uninterrupted):
     "20 kills, each at a random step of the 60 and each resumed to the end: 20 of 20 end with the adapter of the uninterrupted run."
     runs, rng, agree = Path(env["LLMOPS_RUNS"]), random.Random(20), 0
     for _ in range(20):
-        record = killed_and_resumed(1, LONG, runs, env, rng)
+        record = killed_and_resumed(1, JOB, runs, env, rng)
         agree += outcome(record, runs/record["id"]) == uninterrupted
         print(f"{agree} agree", flush=True)
     assert agree == 20
