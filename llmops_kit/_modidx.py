@@ -1877,6 +1877,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'llmops_kit/runs/engine.py'),
                                         'llmops_kit.runs.engine._manager': ('runs/engine.html#_manager', 'llmops_kit/runs/engine.py'),
                                         'llmops_kit.runs.engine._papermill': ('runs/engine.html#_papermill', 'llmops_kit/runs/engine.py'),
+                                        'llmops_kit.runs.engine._without_grammars': ( 'runs/engine.html#_without_grammars',
+                                                                                      'llmops_kit/runs/engine.py'),
                                         'llmops_kit.runs.engine.cell_seconds': ( 'runs/engine.html#cell_seconds',
                                                                                  'llmops_kit/runs/engine.py'),
                                         'llmops_kit.runs.engine.execute_job': ('runs/engine.html#execute_job', 'llmops_kit/runs/engine.py'),

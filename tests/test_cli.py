@@ -1,7 +1,8 @@
 "The command line as scripts see it: exit codes, stdout, messages that name the fix, and nothing written by a wrong call."
 import json
-import pytest
-from conftest import PROJECT, llmops, run_command, start_llmops, wait_until
+import nbformat, pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from conftest import PROJECT, few, llmops, options, run_command, start_llmops, wait_until
 
 @pytest.mark.parametrize("arguments, message", [
     (["-p", "lrr", "1e-3"], "Did you mean lr?"),
@@ -27,9 +28,9 @@ def test_runs_that_cannot_be_written(tmp_path):
     done = run_command("llmops", "run", "prepare", cwd=tmp_path, env={"LLMOPS_RUNS": str(tmp_path/"runs")})
     assert done.returncode == 2 and "Cannot write a run to" in done.stderr and "set LLMOPS_RUNS" in done.stderr
 
-def test_parameters_from_a_file(tmp_path):
+def test_parameters_from_a_file(tmp_path, warm):
     (tmp_path/"p.yaml").write_text("limit: 50\nvalidation: 2e-1\nwandb: 'off'\n")
-    record = json.loads(llmops("run", "prepare", "-f", tmp_path/"p.yaml", "-p", "limit", "60", "--name", "small", "--json", env={"LLMOPS_RUNS": str(tmp_path/"runs")}))
+    record = json.loads(llmops("run", "prepare", "-f", tmp_path/"p.yaml", "-p", "limit", "60", "--name", "small", "--json", env=warm | {"LLMOPS_RUNS": str(tmp_path/"runs")}))
     assert (record["parameters"]["limit"], record["parameters"]["validation"], record["given"]) == (60, 0.2, ["limit", "validation", "wandb"])
     assert (record["name"], record["status"]) == ("small", "finished")
 
@@ -45,9 +46,16 @@ def test_every_shipped_job_declares_itself():
         assert job["summary"] and all(o["help"] for o in described["parameters"])
         assert {"seed", "wandb"} <= {o["name"] for o in described["parameters"]}
 
-def test_sigterm_ends_a_run_cleanly(tmp_path):
-    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
-    process = start_llmops("run", "finetune", "-p", "max_steps", "400", "-p", "certify", "off", "-p", "wandb", "off", env=env)
+@pytest.mark.parametrize("job", few(["waits", "finetune"], ["waits"]))
+def test_sigterm_ends_a_run_cleanly(job, tmp_path):
+    env, values = {"LLMOPS_RUNS": str(tmp_path/"runs")}, {"wandb": "off"}
+    if job == "finetune": values |= {"max_steps": 400, "certify": "off", "train_examples": 100, "validation_examples": 8}
+    else:
+        cells = [new_code_cell('seed: int = 0  # of all\nwandb: str = "off"  # where', metadata={"tags": ["parameters"]}),
+                 new_code_cell("from llmops_kit.runs.job import Run\nimport threading\nrun = Run.start('waits')\nrun.log({'n': 1}, step=0)\nwhile True: threading.Event().wait(0.1)")]
+        job = tmp_path/"waits.ipynb"
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), job)
+    process = start_llmops("run", job, *options(values), env=env)
     wait_until(lambda: list((tmp_path/"runs").glob("*/metrics.jsonl")), process)
     process.terminate()
     _, told = process.communicate(timeout=60)

@@ -15,11 +15,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], capture_output=True)
 
 @pytest.mark.parametrize("size, message", [("1m", "Could not save dataset"), ("60k", "is full")])
-def test_a_full_disk_while_saving(size, message, small_disk, tmp_path):
+def test_a_full_disk_while_saving(size, message, small_disk, tmp_path, warm):
     rows = [{"prompt": f"question {n} " + "word " * 60, "completion": f"answer {n}"} for n in range(6000)]
     (tmp_path/"rows.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows))
     runs = small_disk(size)/"runs"
-    env = {"LLMOPS_RUNS": str(runs)}
+    env = warm | {"LLMOPS_RUNS": str(runs)}
     done = run_command("llmops", "run", "prepare", "-p", "data", tmp_path/"rows.jsonl", "-p", "wandb", "off", env=env)
     assert done.returncode == 1 and message in done.stderr and "LLMOPS_RUNS" in done.stderr and "Traceback" not in done.stderr
     record = json.loads(llmops("runs", "--json", env=env))[0]

@@ -3,7 +3,7 @@ import copy, json, sys
 import pytest, torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from conftest import llmops, run_command
+from conftest import few, llmops, run_command
 from llmops_kit.models.families import FAMILIES, random_lm
 from llmops_kit.training.adapters import add_lora
 from llmops_kit.training.costs import line_through, operations, step_memory, trained_parameters
@@ -68,8 +68,11 @@ def test_two_pieces_tell_the_memory_of_a_batch(batch):
 
 # -- a whole run
 
+@pytest.fixture(scope="module", params=few(["off", "quick"], ["off"]))
+def certify(request): return request.param
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, certify):
     folder = tmp_path_factory.mktemp("estimate")
     random_lm("llama", hidden_size=128, layers=2, folder=folder/"model")
     rows = [{"prompt": f"What is {i} and {i % 7}? "*(1 + i % 9), "completion": f"It is {i + i % 7}, as one counts."} for i in range(300)]
@@ -77,8 +80,8 @@ def place(tmp_path_factory):
     return folder
 
 @pytest.fixture(scope="module")
-def arguments(place): # the second look comes after the last step
-    values = {"data": place/"rows.jsonl", "model": place/"model", "tokens_per_batch": 4096, "eval_every": 50, "patience": 0, "max_new_tokens": 4, "wandb": "off"}
+def arguments(place, certify): # the second look comes after the last step
+    values = {"data": place/"rows.jsonl", "model": place/"model", "tokens_per_batch": 4096, "eval_every": 50, "patience": 0, "max_new_tokens": 4, "wandb": "off", "certify": certify}
     return [str(o) for k, v in values.items() for o in ("-p", k, v)]
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,12 @@
 "prepare, pretrain, finetune and evaluate at a small size, as a user runs them: the record, wandb, replay."
-import json, re, shutil
+import json, re
 from pathlib import Path
 import nbformat, pytest
-from conftest import PROJECT, llmops, run_command
+from conftest import CHAIN, PROJECT, few, llmops, options, run_command, run_job
 
-SMALL = {
-    "prepare": {"limit": 400},
-    "pretrain": {"steps": 4, "eval_every": 2, "eval_blocks": 2, "layers": 1, "hidden_size": 64, "intermediate_size": 128, "max_length": 128},
-    "finetune": {"data": "latest:prepare", "max_steps": 6, "eval_every": 3, "max_new_tokens": 8, "certify": "off"},
-    "evaluate": {"adapter": "latest:finetune", "examples": 24, "max_new_tokens": 8, "slices": "answer_length,group", "price_per_hour": 1.5},
-    "behaviour": {"adapter": "latest:finetune", "examples": 12, "max_new_tokens": 8, "resamples": 200},
+SMALL = CHAIN | {
+    "pretrain": {"steps": 4, "eval_every": 2, "eval_blocks": 2, "layers": 1, "hidden_size": 64, "intermediate_size": 128, "max_length": 128, "vocab_size": 512},
+    "behaviour": {"adapter": "latest:finetune", "examples": 8, "max_new_tokens": 8, "resamples": 200},
     "compare": {"resamples": 200},
     "benchmark": {"tasks": "pick_docstring", "limit": 8},
     "label": {"labels": "stand-in", "pairs": 12, "resamples": 200},
@@ -20,17 +17,21 @@ SMALL = {
     "bench_prepare": {"rows": 2000, "sample": 100, "processes": 1},
 }
 
-def _arguments(values): return [str(o) for k, v in values.items() for o in ("-p", k, v)]
+BENCHES = {"bench_statistics", "bench_prepare"} # in the long version
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory): return tmp_path_factory.mktemp("jobs")/"runs"
+def runs(chain_copy): return chain_copy[0]
 
 @pytest.fixture(scope="module")
-def env(runs): return {"LLMOPS_RUNS": str(runs), "WANDB_MODE": "offline"}
+def env(runs, warm): return warm | {"LLMOPS_RUNS": str(runs)}
 
 @pytest.fixture(scope="module")
-def records(env):
-    return {job: json.loads(llmops("run", job, *_arguments(values), "--json", env=env)) for job, values in SMALL.items()}
+def records(chain_copy, env): return chain_copy[1] | {job: run_job(job, values, env) for job, values in SMALL.items() if job not in CHAIN and job not in BENCHES}
+
+@pytest.fixture
+def record(job, records, env):
+    if job not in records: records[job] = run_job(job, SMALL[job], env)
+    return records[job]
 
 def check_whole(record, folder, given):
     assert record["status"] == "finished" and record["error"] is None and record["given"] == sorted(given)
@@ -43,8 +44,8 @@ def check_whole(record, folder, given):
     assert any("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", ())), "the story has no picture"
     assert not [o for c in notebook.cells for o in c.get("outputs", ()) if "KB/s" in str(o.get("text", ""))]
 
-@pytest.mark.parametrize("job", SMALL)
-def test_a_job_leaves_a_whole_record(job, records, runs): check_whole(records[job], runs/records[job]["id"], SMALL[job])
+@pytest.mark.parametrize("job", few(SMALL, SMALL.keys() - BENCHES))
+def test_a_job_leaves_a_whole_record(job, record, runs): check_whole(record, runs/record["id"], SMALL[job])
 
 def test_certificates_are_in_the_records(records):
     assert records["prepare"]["certificates"]["separation"]["passed"] is True
@@ -64,7 +65,7 @@ def test_evaluate_has_every_metric_with_its_interval(records):
             low, value, high = (metrics[f"{group}/{name}{o}"] for o in ("/low", "", "/high"))
             assert low <= value <= high
         assert abs(metrics[f"test/{name}"] - metrics[f"base/{name}"] - metrics[f"difference/{name}"]) < 1e-9
-    assert metrics["test/examples"] == 24
+    assert metrics["test/examples"] == 20
 
 def check_wandb(record, folder):
     from llmops_kit.runs.tracking import read_offline_run
@@ -81,15 +82,15 @@ def check_wandb(record, folder):
     assert "notebook" in kinds
     if record["job"] == "evaluate": assert "predictions" in read["summary"] or any("predictions" in o["name"] for o in read["artifacts"])
 
-@pytest.mark.parametrize("job", SMALL)
-def test_wandb_holds_what_the_ledger_holds(job, records, runs): check_wandb(records[job], runs/records[job]["id"])
+@pytest.mark.parametrize("job", few(SMALL, SMALL.keys() - BENCHES))
+def test_wandb_holds_what_the_ledger_holds(job, record, runs): check_wandb(record, runs/record["id"])
 
 @pytest.mark.parametrize("job", ["prepare", "finetune", "evaluate"])
 def test_replay_agrees_to_the_last_bit(job, records, env):
     told = json.loads(llmops("replay", records[job]["id"], "--json", env=env))
     assert told["agrees"] and told["differences"] == [] and told["environment"] == []
 
-@pytest.mark.parametrize("job", ["finetune", "evaluate"])
+@pytest.mark.parametrize("job", [pytest.param("finetune", marks=pytest.mark.slow), "evaluate"])
 def test_one_number_altered_by_hand_fails_the_replay(job, records, runs, env):
     path = runs/records[job]["id"]/"run.json"
     honest = path.read_text()
@@ -108,14 +109,14 @@ def test_a_report_is_one_file_with_the_verdict_first(job, records, env, tmp_path
     assert not [o for o in re.findall(r'(?:src|href)="([^"]*)"', page) if not o.startswith(("data:", "#"))] and "<script" not in page
 
 def test_diff_names_what_was_changed(records, env):
-    other = json.loads(llmops("run", "prepare", "-p", "limit", "300", "-p", "wandb", "off", "--json", env=env))
+    other = run_job("prepare", {"limit": 200, "wandb": "off"}, env)
     found = json.loads(llmops("diff", records["prepare"]["id"], other["id"], "--json", env=env))
     assert {"limit", "wandb"} <= {o["name"] for o in found if o["part"] == "parameters"}
     assert any(o["part"] == "outputs" for o in found)
 
 def test_plain_papermill_makes_the_same_record(records, env, tmp_path, runs):
     values = SMALL["finetune"] | {"data": records["prepare"]["id"]}
-    done = run_command("papermill", "--no-progress-bar", PROJECT/"nbs"/"jobs"/"finetune.ipynb", tmp_path/"out.ipynb", *_arguments(values), cwd=tmp_path, env=env)
+    done = run_command("papermill", "--no-progress-bar", PROJECT/"nbs"/"jobs"/"finetune.ipynb", tmp_path/"out.ipynb", *options(values), cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     record = json.loads(llmops("show", "latest:finetune", "--json", env=env))
     assert record["runner"] == "papermill" and record["id"] != records["finetune"]["id"]

@@ -144,15 +144,15 @@ def job(path, parameters, *cells):
     write(new_notebook(cells=[new_markdown_cell(f"# {path.stem}\n\n> a job"), *code], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
     return path
 
-def test_another_machine_replays_from_an_archive(ledger, tmp_path, monkeypatch):
+def test_another_machine_replays_from_an_archive(ledger, tmp_path, monkeypatch, warm):
     (tmp_path/"mine").mkdir()
     (tmp_path/"mine"/"rows.txt").write_text("3 1 2")
     first = job(tmp_path/"sort.ipynb", f'rows: str = ""', 'text = run.use("rows", Path(rows)) and Path(rows).read_text()\n(run.folder/"s.txt").write_text(" ".join(sorted(text.split())))\n'
                 'run.save("sorted.txt", run.folder/"s.txt"); (run.folder/"o.bin").write_text("other"); run.save("other.bin", run.folder/"o.bin"); run.finish({"count": len(text.split())})')
     second = job(tmp_path/"noise.ipynb", 'source: str = ""', 'from types import SimpleNamespace\nfound = find_output(source, "file", "sorted.txt")\nrun.use("source", SimpleNamespace(artifact=found))',
                  'x = float(Path(found.path).read_text().split()[0]) + np.random.normal()\nrun.log({"x": x}, 1)\nrun.finish({"x": x})')
-    made = json.loads(llmops("run", first, "-p", "rows", tmp_path/"mine"/"rows.txt", "--json"))["id"]
-    run = json.loads(llmops("run", second, "-p", "source", made, "--json"))["id"]
+    made = json.loads(llmops("run", first, "-p", "rows", tmp_path/"mine"/"rows.txt", "--json", env=warm))["id"]
+    run = json.loads(llmops("run", second, "-p", "source", made, "--json", env=warm))["id"]
     archives = [json.loads(llmops("export", o, "--output", tmp_path/f"{o}.tar.gz", "--json")) for o in (run, made)]
     assert archives[0]["runs"] == [run, made] and archives[0]["missing"] == []
     with tarfile.open(archives[0]["file"]) as tar: assert not [o for o in tar.getnames() if "other.bin" in o]  # nobody needs it
@@ -161,9 +161,9 @@ def test_another_machine_replays_from_an_archive(ledger, tmp_path, monkeypatch):
     shutil.rmtree(ledger); shutil.rmtree(tmp_path/"mine")
     monkeypatch.setenv("LLMOPS_RUNS", str(tmp_path/"elsewhere"))
     assert json.loads(llmops("import", archives[0]["file"], "--json")) == {"run": run, "new": [run, made], "already": []}
-    assert json.loads(llmops("replay", run, "--json"))["agrees"] is True
+    assert json.loads(llmops("replay", run, "--json", env=warm))["agrees"] is True
     assert json.loads(llmops("import", archives[1]["file"], "--json"))["already"] == [made]  # and brings what was left out before
-    assert json.loads(llmops("replay", made, "--json"))["agrees"] is True                     # with rows.txt out of the archive
+    assert json.loads(llmops("replay", made, "--json", env=warm))["agrees"] is True                     # with rows.txt out of the archive
 
 def rewritten(archive, target, change):
     with tarfile.open(archive) as old, tarfile.open(target, "w:gz") as new:

@@ -84,9 +84,9 @@ def test_agreement_is_that_of_the_references():
     assert largest < 1e-12
 
 
-def test_labels_train_a_preference(tmp_path):
+def test_labels_train_a_preference(tmp_path, warm):
     "label and prefer, as a user runs them; a batch run without labels says what to do."
-    env, given = {"LLMOPS_RUNS": str(tmp_path/"runs"), "WANDB_MODE": "offline"}, predictions(tmp_path)
+    env, given = warm | {"LLMOPS_RUNS": str(tmp_path/"runs")}, predictions(tmp_path)
     done = run_command("llmops", "run", "label", "-p", "predictions", given, "-p", "wandb", "off", env=env)
     assert done.returncode == 1 and "nobody to click" in done.stderr and "Traceback" not in done.stderr
     label = json.loads(llmops("run", "label", "-p", "predictions", given, "-p", "labels", "stand-in", "-p", "pairs", "36", "--json", env=env))
@@ -217,9 +217,9 @@ def test_rubric_scores_of_an_endpoint(pairs, tmp_path):
     assert found.verdict == "better" and [i.value for i in found.means.values()] == [2, 4]
 
 
-def test_the_job_with_an_endpoint_and_people(tmp_path, monkeypatch):
+def test_the_job_with_an_endpoint_and_people(tmp_path, warm):
     key = "a-key-that-stands-nowhere-9f3b"
-    env = {"LLMOPS_RUNS": str(tmp_path/"runs"), "WANDB_MODE": "offline", "JUDGE_API_KEY": key}
+    env = warm | {"LLMOPS_RUNS": str(tmp_path/"runs"), "JUDGE_API_KEY": key}
     given = predictions(tmp_path)
     people = Labels(tmp_path/"people.jsonl", choose_pairs(pair_up(load_predictions(str(given))), 12))
     for name in ("ada", "ben"): stand_in(people, name, lambda row, m: 0.5*(m == "tuned"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import few
 from llmops_kit.data.preferences import check_preferences, made_preferences
 from llmops_kit.data.dataset import Examples
 from llmops_kit.evaluation.scoring import generate, score
@@ -234,7 +235,7 @@ def test_a_reward_file_that_does_not_load_is_explained(tmp_path):
 class Cut(BaseException): pass
 
 
-@pytest.mark.parametrize("what", ["dpo", "kto", "orpo", "reward"])
+@pytest.mark.parametrize("what", few(["dpo", "kto", "orpo", "reward"], ["dpo", "reward"]))
 def test_cut_off_and_called_again(lm, tmp_path, monkeypatch, what):
     monkeypatch.setattr(Resumable, "_must_save", lambda self: self.state.global_step % 2 == 0)  # not when it is time, but every second step
     settings = SMALL | dict(max_steps=6, eval_every=3)

@@ -71,9 +71,9 @@ SOURCES = {conversations_with_tools: ("conversation", {}), prompts_in_csv_under_
 SHORT = conversations_with_tools, prompts_in_csv_under_other_names, labels_in_arrow, a_tree_of_markdown
 
 @pytest.mark.parametrize("source", [o if o in SHORT else pytest.param(o, marks=pytest.mark.slow) for o in SOURCES], ids=lambda f: f.__name__)
-def test_every_kind_of_source(source, tmp_path):
+def test_every_kind_of_source(source, tmp_path, warm):
     schema,options = SOURCES[source]
-    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
+    env = warm | {"LLMOPS_RUNS": str(tmp_path/"runs")}
     (tmp_path/"data").mkdir()
     record = json.loads(llmops("run", "prepare", "-p", "data", source(tmp_path/"data"), "-p", "wandb", "off", "-p", "license", "CC0-1.0",
                                *[o for k,v in options.items() for o in ("-p", k, v)], "--json", env=env))
@@ -85,8 +85,8 @@ def test_every_kind_of_source(source, tmp_path):
     notebook = nbformat.read(tmp_path/"runs"/record["id"]/"notebook.ipynb", 4)
     assert sum("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", ())) >= 3  # flow, lengths, splits
 
-def test_versions_go_back_and_are_compared_and_evaluation_sets_are_found(tmp_path):
-    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
+def test_versions_go_back_and_are_compared_and_evaluation_sets_are_found(tmp_path, warm):
+    env = warm | {"LLMOPS_RUNS": str(tmp_path/"runs")}
     prepare = lambda *more: json.loads(llmops("run", "prepare", "-p", "wandb", "off", *more, "--json", env=env))
     digest = lambda record: next(o["sha256"] for o in record["outputs"] if o["kind"] == "dataset")
     rows = [{"prompt": a, "completion": b} for a,b,_ in made(150)]
@@ -114,8 +114,8 @@ def test_versions_go_back_and_are_compared_and_evaluation_sets_are_found(tmp_pat
     listed = [json.loads(l) for l in (tmp_path/"runs"/dropped["id"]/"artifacts"/"dropped.jsonl").read_text().splitlines()]
     assert sorted(d["line"] for d in listed if d["step"] == "contamination") == list(range(121, 121 + len(leaks)))
 
-def test_made_examples_stay_in_training(tmp_path):
-    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
+def test_made_examples_stay_in_training(tmp_path, warm):
+    env = warm | {"LLMOPS_RUNS": str(tmp_path/"runs")}
     data = jsonl(tmp_path/"rows.jsonl", [{"prompt": a, "completion": b} for a,b,_ in made()])
     record = json.loads(llmops("run", "prepare", "-p", "data", data, "-p", "augment", "paraphrase", "-p", "augment_examples", "25", "-p", "privacy", "redact",
                                "-p", "wandb", "off", "--json", env=env))
@@ -126,8 +126,8 @@ def test_made_examples_stay_in_training(tmp_path):
     assert all(r["made_from"]["id"] in ids for r in examples.train if "made_from" in r)
     assert [s["reasons"] for s in examples.flow if s["step"] == "augment"] == [{"made": 25}]
 
-def test_evaluate_says_what_it_has_seen_and_scores_the_rest_alone(tmp_path):
-    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
+def test_evaluate_says_what_it_has_seen_and_scores_the_rest_alone(tmp_path, warm):
+    env = warm | {"LLMOPS_RUNS": str(tmp_path/"runs")}
     run = lambda *words: json.loads(llmops("run", *words, "-p", "wandb", "off", "--json", env=env))
     rows = [{"id": str(n), "prompt": a, "completion": b} for n,(a,b,_) in enumerate(made(120))]
     leaks = [dict(r, id=f"leak {r['id']}", prompt=r["prompt"].upper()) for r in rows[110:114]]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import kill_tree, llmops, run_command, start_llmops, wait_until
+from conftest import CHAIN, kill_tree, llmops, options, run_command, run_job, start_llmops, wait_until
 from test_training import EXAMPLES, SMALL, random_lm
 from llmops_kit.runs.artifacts import sha256_of
 from llmops_kit.runs.history import comparable
@@ -84,9 +84,13 @@ def test_other_settings_start_afresh_and_say_so(tmp_path):
 
 # -- killed while saving
 
-@pytest.mark.parametrize("moment", ["the optimizer's state is half written", "all is written, but not renamed", "the one before is half removed"])
-def test_killed_while_saving(moment, whole, tmp_path):
-    "In a process that really dies there."
+MOMENTS = "the optimizer's state is half written", "all is written, but not renamed", "the one before is half removed"
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory):
+    "Folders of trainings in processes that really died there: forks of one that has imported what they need, and exit codes."
+    folders = {o: tmp_path_factory.mktemp("died") for o in MOMENTS}
     code = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -109,17 +113,27 @@ def half_removed(folder, *args, **kwargs):
         next(Path(folder).rglob("*.pt")).unlink()
         os._exit(9)
     return rmtree(folder, *args, **kwargs)
-moment = {moment!r}
-if "optimizer" in moment: CompletionTrainer._save_scaler = half
-elif "renamed" in moment: checkpoints.os.replace = not_renamed
-else: checkpoints.shutil.rmtree = half_removed
-t.train(Path({str(tmp_path)!r}))
+for moment, folder in {[(k, str(v)) for k, v in folders.items()]!r}:
+    if pid := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    if "optimizer" in moment: CompletionTrainer._save_scaler = half
+    elif "renamed" in moment: checkpoints.os.replace = not_renamed
+    else: checkpoints.shutil.rmtree = half_removed
+    try: t.train(Path(folder))
+    finally: os._exit(1)
 """
-    died = run_command(sys.executable, "-c", code)
-    assert died.returncode == 9, died.stderr[-2000:]
-    assert [o.name for o in (tmp_path/"resume").glob("step-*")] == ["step-4" if "removed" in moment else "step-2"]
-    assert train(tmp_path) == whole
-    assert not list(tmp_path.rglob(".step-*"))
+    done = run_command(sys.executable, "-c", code)
+    return {o: (folder, code) for (o, folder), code in zip(folders.items(), done.stdout.split(), strict=True)}, done.stderr
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while_saving(moment, died, whole):
+    (folder, code), said = died[0][moment], died[1]
+    assert code == "9", said[-2000:]
+    assert [o.name for o in (folder/"resume").glob("step-*")] == ["step-4" if "removed" in moment else "step-2"]
+    assert train(folder) == whole
+    assert not list(folder.rglob(".step-*"))
 
 
 # -- asked to stop, and other trouble
@@ -170,7 +184,6 @@ def test_out_of_memory(tmp_path, monkeypatch):
 # -- a run, killed and resumed from outside
 
 JOB = {"max_steps": 60, "train_examples": 300, "validation_examples": 20, "eval_every": 20, "patience": 0, "tokens_per_batch": 256, "gradient_accumulation": 2, "max_new_tokens": 4, "wandb": "off", "certify": "off"}
-ARGUMENTS = [str(o) for k, v in JOB.items() for o in ("-p", k, v)]
 
 
 def steps_done(folder):
@@ -184,17 +197,17 @@ def outcome(record, folder):
             [(o["step"], comparable(o["values"])) for o in lines], record["history"]["sha256"])
 
 
-def killed_and_resumed(kills, runs, env, rng):
-    "One run, killed so often at random steps, each time resumed; its record at the end."
-    process, id = start_llmops("run", "finetune", *ARGUMENTS, "--fresh", env=env), None
+def killed_and_resumed(kills, values, runs, env, rng, warm=None):
+    "One run, killed so often at random steps, each time resumed, with a forked kernel at last where `warm` says how; its record at the end."
+    process, id = start_llmops("run", "finetune", *options(values), "--fresh", env=env), None
     seen = set(runs.glob("2*"))
-    for n, step in enumerate(sorted(rng.randint(1, 59) for _ in range(kills))):
+    for n, step in enumerate(sorted(rng.sample(range(1, values["max_steps"]), kills))):
         wait_until(lambda: set(runs.glob("*/run.json")) - {o/"run.json" for o in seen} or id, process)
         id = id or next(o.name for o in set(runs.glob("2*")) - seen)
         wait_until(lambda: steps_done(runs/id) >= step, process)
         kill_tree(process)
         if n < kills - 1: process = start_llmops("resume", id, env=env)
-    return json.loads(llmops("resume", id, "--json", env=env))
+    return json.loads(llmops("resume", id, "--json", env=(warm or {}) | env))
 
 
 @pytest.fixture(scope="module")
@@ -203,16 +216,17 @@ def env(tmp_path_factory): return {"LLMOPS_RUNS": str(tmp_path_factory.mktemp("r
 
 @pytest.fixture(scope="module")
 def uninterrupted(env):
-    record = json.loads(llmops("run", "finetune", *ARGUMENTS, "--json", env=env))
-    return outcome(record, Path(env["LLMOPS_RUNS"])/record["id"]), record
+    record = run_job("finetune", JOB, env)
+    return outcome(record, Path(env["LLMOPS_RUNS"])/record["id"])
 
 
-def test_sigkill_and_resume(env, uninterrupted):
-    runs = Path(env["LLMOPS_RUNS"])
-    record = killed_and_resumed(2, runs, env, random.Random(0))
-    assert outcome(record, runs/record["id"]) == uninterrupted[0]
+def test_sigkill_and_resume(chain_copy, warm):
+    runs, records = chain_copy
+    env, whole, values = {"LLMOPS_RUNS": str(runs), "WANDB_MODE": "offline"}, records["finetune"], CHAIN["finetune"] | {"data": records["prepare"]["id"]}
+    record = killed_and_resumed(2, values, runs, env, random.Random(7), warm)
+    assert outcome(record, runs/record["id"]) == outcome(whole, runs/whole["id"])
     assert [o["after"] for o in record["resumed"]] == ["killed"]*2 and record["status"] == "finished" and record["error"] is None
-    assert [o["name"] for o in record["steps"]] == [o["name"] for o in uninterrupted[1]["steps"]]
+    assert [o["name"] for o in record["steps"]] == [o["name"] for o in whole["steps"]]
     told = run_command("llmops", "resume", record["id"], env=env)
     assert told.returncode == 2 and "is finished" in told.stderr
 
@@ -221,7 +235,7 @@ def test_sigkill_and_resume(env, uninterrupted):
 def test_sigterm_saves_and_names_the_way_on(env, uninterrupted):
     runs = Path(env["LLMOPS_RUNS"])
     before = set(runs.glob("2*"))
-    process = start_llmops("run", "finetune", *ARGUMENTS, "--fresh", env=env)
+    process = start_llmops("run", "finetune", *options(JOB), "--fresh", env=env)
     wait_until(lambda: any(steps_done(o) >= 20 for o in set(runs.glob("2*")) - before), process)
     id = (set(runs.glob("2*")) - before).pop().name
     refused = run_command("llmops", "resume", id, env=env)
@@ -232,7 +246,7 @@ def test_sigterm_saves_and_names_the_way_on(env, uninterrupted):
     assert record["status"] == "killed" and "SIGTERM" in record["error"]["message"] and f"llmops resume {id}" in record["error"]["message"], record["error"]
     saved = int(next((runs/id/"steps/train/resume").glob("step-*")).name[5:])
     assert f"after step {saved} of 60" in record["error"]["message"] and saved >= 20
-    assert outcome(json.loads(llmops("resume", id, "--json", env=env)), runs/id) == uninterrupted[0]
+    assert outcome(json.loads(llmops("resume", id, "--json", env=env)), runs/id) == uninterrupted
 
 
 @pytest.mark.slow
@@ -240,7 +254,7 @@ def test_twenty_sigkills(env, uninterrupted):
     "20 kills, each at a random step of the 60 and each resumed to the end: 20 of 20 end with the adapter of the uninterrupted run."
     runs, rng, agree = Path(env["LLMOPS_RUNS"]), random.Random(20), 0
     for _ in range(20):
-        record = killed_and_resumed(1, runs, env, rng)
-        agree += outcome(record, runs/record["id"]) == uninterrupted[0]
+        record = killed_and_resumed(1, JOB, runs, env, rng)
+        agree += outcome(record, runs/record["id"]) == uninterrupted
         print(f"{agree} agree", flush=True)
     assert agree == 20

@@ -3,7 +3,7 @@ import json, os, shutil
 from pathlib import Path
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_notebook
-from conftest import llmops
+from conftest import CHAIN, run_job
 from llmops_kit.runs import engine, reuse
 from llmops_kit.runs.artifacts import sha256_of
 from llmops_kit.runs.catalog import load_job
@@ -127,10 +127,10 @@ def test_latest_means_the_run_of_now(place):
     while again(place, job=write("source"), fresh=True)[0]["id"] < source["id"]: pass  # of the same second, chance decides which is newer
     assert again(place, job=use)[1] is False
 
-def test_the_command_says_which_run_it_is(tmp_path):
+def test_the_command_says_which_run_it_is(chain_copy, warm):
     "With a job of the kit: what it prints, and its exit code."
-    env, arguments = {"LLMOPS_RUNS": str(tmp_path/"runs")}, ["run", "prepare", "-p", "limit", "60", "--json"]
-    first, second = (json.loads(llmops(*arguments, "-p", "wandb", o, env=env)) for o in ("off", "offline"))
+    env, first = warm | {"LLMOPS_RUNS": str(chain_copy[0])}, chain_copy[1]["prepare"]
+    second = run_job("prepare", CHAIN["prepare"] | {"wandb": "off"}, env)
     assert (second["id"], first["reused"], second["reused"]) == (first["id"], False, True)
-    third = json.loads(llmops(*arguments, "-p", "wandb", "off", "--fresh", env=env))
+    third = run_job("prepare", CHAIN["prepare"] | {"wandb": "off"}, env, "--fresh")
     assert third["id"] != first["id"] and [o["sha256"] for o in third["outputs"] if o["kind"] == "dataset"] == [o["sha256"] for o in first["outputs"] if o["kind"] == "dataset"]

@@ -3,7 +3,7 @@ import json, os, random, signal
 from pathlib import Path
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_notebook
-from conftest import kill_tree, llmops, run_command, start_llmops, wait_until
+from conftest import few, kill_tree, llmops, run_command, start_llmops, wait_until
 from llmops_kit.runs import executors
 from llmops_kit.runs.catalog import load_job
 from llmops_kit.runs.history import append_history
@@ -45,7 +45,7 @@ def ray_ends():
     import ray
     if ray.is_initialized(): ray.shutdown()
 
-@pytest.mark.parametrize("on", ["local", "slurm-local", "ray"])
+@pytest.mark.parametrize("on", few(["local", "slurm-local", "ray"], ["local", "slurm-local"]))
 def test_the_same_sweep_anywhere_and_a_killed_worker_is_replaced(on, place, ray_ends):
     job = write_job(place, "fragile", "x: float = 1.0  # where\nbreaks: bool = False  # the worker is killed, once", FRAGILE)
     record = sweep(job, read_axes(job, [["breaks", "false", "true"], ["x", "1.5"]], []), {}, on=on, workers=2, threads=1, quiet=True)

@@ -1,7 +1,7 @@
 "Every way to train, at a small size, as a user runs it."
 import json
 import pytest
-from conftest import llmops
+from conftest import run_job
 from test_jobs import check_wandb, check_whole
 
 TINY = {"train_examples": 40, "validation_examples": 8, "max_steps": 2, "eval_every": 2}
@@ -9,12 +9,13 @@ SMALL = {
     "finetune": {**TINY, "max_new_tokens": 4},
     "finetune/dora": {**TINY, "max_new_tokens": 4, "method": "dora", "target_modules": "q_proj,v_proj", "certify": "off"},
     "finetune/full": {**TINY, "max_new_tokens": 4, "method": "full", "lr": 1e-4, "precision": "fp32"},
-    "finetune/qlora": {**TINY, "max_new_tokens": 4, "quantize": "nf4"},
+    "finetune/qlora": {**TINY, "max_new_tokens": 4, "quantize": "nf4", "certify": "off"},
+    "finetune/qlora/certified": {**TINY, "max_new_tokens": 4, "quantize": "nf4"},
     "finetune/texts": {**TINY, "max_new_tokens": 4, "data": "texts", "certify": "off"},
     "finetune/processes": {**TINY, "max_new_tokens": 4, "processes": 2, "certify": "off"},
     "classify": {"train_examples": 60, "max_steps": 4, "eval_every": 2, "resamples": 200},
     "distill": {"train_examples": 60, "validation_examples": 20, "examples_held_out": 16, "max_steps": 4, "eval_every": 2, "max_new_tokens": 8, "resamples": 200},
-    "convert": {"adapter": "latest:finetune", "examples": 6, "max_new_tokens": 4, "resamples": 100, "to": "bf16"},
+    "convert": {"adapter": "latest:finetune", "examples": 4, "max_new_tokens": 4, "resamples": 100, "to": "bf16"},
     "prefer": {"max_steps": 2, "train_examples": 16, "test_examples": 8, "validation_examples": 4, "eval_every": 2, "max_new_tokens": 8},
     "reward": {"max_steps": 2, "train_examples": 16, "test_examples": 8, "validation_examples": 4, "eval_every": 2},
     "reinforce": {"reward": "latest:reward", "max_steps": 2, "prompts_per_step": 2, "generations": 2, "max_new_tokens": 8, "test_examples": 8, "validation_examples": 4, "eval_every": 2},
@@ -24,7 +25,7 @@ SMALL = {
 def runs(tmp_path_factory): return tmp_path_factory.mktemp("training_jobs")/"runs"
 
 @pytest.fixture(scope="module")
-def env(runs): return {"LLMOPS_RUNS": str(runs), "WANDB_MODE": "offline"}
+def env(runs, warm): return warm | {"LLMOPS_RUNS": str(runs)}
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
@@ -33,12 +34,12 @@ def texts(tmp_path_factory):
     (folder/"texts.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows))
     return folder/"texts.jsonl"
 
-LONG = "finetune/dora", "finetune/full", "finetune/texts"
+LONG = "finetune/dora", "finetune/full", "finetune/qlora/certified", "finetune/texts"
 
 @pytest.mark.parametrize("name", [pytest.param(o, marks=pytest.mark.slow) if o in LONG else o for o in SMALL])
 def test_it_runs_and_leaves_a_whole_record(name, env, runs, texts):
     values = SMALL[name] | ({"data": texts} if name == "finetune/texts" else {})
-    record = json.loads(llmops("run", name.split("/")[0], *[str(o) for k, v in values.items() for o in ("-p", k, v)], "--json", env=env))
+    record = run_job(name.split("/")[0], values, env)
     check_whole(record, runs/record["id"], values)
     check_wandb(record, runs/record["id"])
     found = record["certificates"]
@@ -46,5 +47,6 @@ def test_it_runs_and_leaves_a_whole_record(name, env, runs, texts):
         assert {k: o["passed"] for k, o in found.items()} == {"parity": True, "invariance": True, "precision": True, "continuation": None, "agreement": None, "equivalence": True}
     if values.get("certify") == "off": assert {o["passed"] for k, o in found.items() if k != "parity"} == {None}, "what is not tested is said"
     if name == "finetune/full": assert record["outputs"][0]["kind"] == "model" and found["invariance"]["passed"] and found["equivalence"]["passed"] is None
-    if name == "finetune/qlora": assert record["outputs"][0]["kind"] == "adapter" and found["invariance"]["passed"]
+    if name == "finetune/qlora": assert record["outputs"][0]["kind"] == "adapter" and record["metrics"]["train/steps"] == 2
+    if name == "finetune/qlora/certified": assert found["invariance"]["passed"]
     if name == "finetune/processes": assert record["metrics"]["train/steps"] == 2

@@ -112,7 +112,7 @@ def dying(base, examples, *, folder, how, **settings):
 
 
 @pytest.mark.parametrize("how,error,said,name", [("killed", WorkerFailed, r"Worker 1 of 2 .* was killed by SIGKILL", "SIGKILL"),
-                                                ("raises", WorkerFailed, r"(?s)Worker 1 of 2 .* ZeroDivisionError: a mistake of the second process.*in watched", None)])
+                                                pytest.param("raises", WorkerFailed, r"(?s)Worker 1 of 2 .* ZeroDivisionError: a mistake of the second process.*in watched", None, marks=pytest.mark.slow)])
 def test_a_death_is_told_at_once(lm, tmp_path, how, error, said, name):
     import test_workers
     last = []

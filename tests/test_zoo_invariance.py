@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import llmops_kit.training.invariance as invariance_module
 import llmops_kit.training.sft as sft
+from conftest import few
 from llmops_kit.models.families import FAMILIES, random_lm
 from llmops_kit.training.batching import TokenRows
 from llmops_kit.training.invariance import invariance
@@ -189,14 +190,13 @@ def test_a_bug_that_is_only_in_bf16_is_caught(monkeypatch):
 
 # -- clean controls
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, method", few([(o, m) for o in FAMILIES for m in ("full", "lora")], [("llama", "lora"), ("gpt2", "full"), ("qwen3_moe", "lora")]))
 def test_clean_family_passes_in_fp32_and_bf16(family, method):
     found = invariance(small(family, method), rows_of(), bf16=True, examples=6)
     assert found.passed and found.details[0]["ratio"] < 0.5, found
     assert {o["format"] for o in found.details} == {"fp32", "bf16"} and "packed" in {o["form"] for o in found.details}
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", few(range(8), range(2)))
 def test_clean_seed_passes(seed):
     found = invariance(small(seed=seed), rows_of(seed), examples=6)
     assert found.passed and found.details[0]["ratio"] < 0.5, found

@@ -5,6 +5,7 @@ from transformers import TrainingArguments
 
 import llmops_kit.training.invariance as invariance_module
 import llmops_kit.training.precision as precision_module
+from conftest import few
 from llmops_kit.data.examples import load_examples
 from llmops_kit.models.families import FAMILIES
 from llmops_kit.models.load import load_model
@@ -90,7 +91,7 @@ def bf16_not_used(patch, lm):
 PLANTS = [(rotary_positions_in_bf16, tiny), (norm_summed_in_bf16, tiny), (loss_in_bf16, random_llama), (activations_in_eight_bits, random_llama),
           (weights_kept_in_bf16, tiny), (weights_kept_in_bf16, random_llama), (small_gradients_lost, random_llama), (bf16_not_used, random_llama)]
 
-@pytest.mark.parametrize("plant,made", PLANTS, ids=lambda o: o.__name__)
+@pytest.mark.parametrize("plant,made", few(PLANTS, [o for o in PLANTS if o != (weights_kept_in_bf16, tiny)]), ids=lambda o: o.__name__)
 def test_planted_bug_is_caught(plant, made, monkeypatch):
     lm, rows = made()
     plant(monkeypatch, lm)
@@ -107,13 +108,12 @@ def test_weights_kept_in_bf16_lose_progress(monkeypatch):
 
 # -- clean controls
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, method", few([(o, m) for o in FAMILIES for m in ("full", "lora")], [("llama", "full"), ("qwen3_moe", "lora")]))
 def test_clean_family_passes(family, method):
     found = precision(small(family, method), rows_of(), examples=6)
     assert found.passed and found.details[0]["ratio"] < 0.8, found
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", few(range(4), [0]))
 def test_clean_seed_passes_a_paired_training(seed):
     found = precision(small(seed=seed), rows_of(seed), lr=1e-3, steps=10, examples=6)
     assert found.passed and found.details[0]["ratio"] < 0.8, found

@@ -265,10 +265,17 @@ def execute_record(job:Job, # what to run
         progress.close(f"{job.name}  {how}  ({id})")
     return record
 
+@contextmanager
+def _without_grammars(): # of kinds of addresses that no notebook's schema has: where Jupyter is installed jsonschema imports this package, and that takes more than a second
+    absent = sys.modules.setdefault("rfc3987_syntax", None) is None
+    try: yield
+    finally:
+        if absent: del sys.modules["rfc3987_syntax"]
+
 def _papermill(job, values, folder, **options):
     import logging
     for name in ("traitlets", "papermill"): logging.getLogger(name).setLevel(logging.ERROR)  # its check of names cannot read `T|None`; ours can
-    import papermill
+    with _without_grammars(): import papermill
     papermill.execute_notebook(str(job.path), None, values, engine_name="llmops", kernel_name="python3", progress_bar=False,
                                run_notebook=folder/"notebook.ipynb", **options)
 
