@@ -68,8 +68,9 @@ class Timing:
         if self._stack: self._border()
         return {o: self.seconds[o] for o in dict.fromkeys((*PHASES, *self.seconds)) if o in self.seconds}
 
-    def state_dict(self)->dict: return self.now() # a training that goes on after a kill counts on
-    def load_state_dict(self, state:dict): self.seconds.update(state)
+    # a training that goes on after a kill counts on; `cost/…`: not compared between runs
+    def state_dict(self)->dict: return {f"cost/{k}": v for k, v in self.now().items()}
+    def load_state_dict(self, state:dict): self.seconds.update({k.removeprefix("cost/"): v for k, v in state.items()})
 
 # %% ../../nbs/training/timing.ipynb #94762ccf
 METHODS = {"train": "setup", "get_batch_samples": "data", "_prepare_inputs": "data", "compute_loss": "forward", "_clip_grad_norm": "optimizer", "_get_grad_norm": "optimizer",
