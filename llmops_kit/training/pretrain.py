@@ -166,7 +166,7 @@ def pretrain(
     arguments._n_gpu = min(arguments.n_gpu, 1)
     def digest(tensors): # random weights have no file with one
         found = hashlib.sha256()
-        for o in tensors: found.update(o.detach().cpu().contiguous().view(torch.uint8).numpy())
+        for o in tensors: found.update(o.detach().cpu().reshape(-1).view(torch.uint8).numpy()) # of any shape, a single number too
         return found.hexdigest()
     settings |= {"model": digest(base.model.state_dict().values()), "train": digest([train]), "validation": digest(validation.values())}
     with deterministic(seed):
