@@ -1,5 +1,5 @@
 "What several tests share."
-import fcntl, json, os, shutil, subprocess, sys, time
+import fcntl, gc, json, os, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 import pytest
@@ -16,6 +16,11 @@ def pytest_configure(config):
     if hasattr(config.option, "loadscopereorder"): config.option.loadscopereorder = False # pytest-xdist would begin with the files of many tests
 
 def pytest_collection_modifyitems(items): items.sort(key=lambda o: LONG.index(o.path.stem) if o.path.stem in LONG else len(LONG))
+
+def pytest_collection_finish():
+    "What is imported by now stays; full collections, which accelerate asks for at every training, would go through all of it."
+    gc.collect()
+    gc.freeze()
 
 def surroundings(): # what libraries set while they are imported here is not the user's, and a warm parent is another one with it
     return {k: v for k, v in os.environ.items() if k in GIVEN or not k.startswith(("HF_", "KMP_", "RAY_", "TORCH"))}

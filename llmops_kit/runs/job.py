@@ -6,7 +6,7 @@
 __all__ = ['ended', 'resolve_references', 'first_record', 'find_parameters', 'Step', 'Run', 'peak_memory_bytes']
 
 # %% ../../nbs/runs/job.ipynb #0d7f8876
-import ast, json, os, resource, shutil, sys, time
+import ast, gc, json, os, resource, shutil, sys, time
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -133,6 +133,9 @@ class Run:
         if not hasattr(shell, "kernel"): raise UserError("Run.start works in a notebook: JupyterLab, papermill or `llmops run`.")
         if cls.current and cls.current.record["status"] == "running":
             cls.current._fail("Superseded", "The notebook was started again in the same kernel.")
+        if not cls.current: # what is imported by now stays; a full collection, which accelerate asks for at every training, would go through all of it
+            gc.collect()
+            gc.freeze()
         self = cls()
         prepared = os.environ.pop("LLMOPS_RUN", None)
         if prepared:
