@@ -1,5 +1,5 @@
 "Studies: the same ledger wherever they run, workers and whole studies that are killed, and tuning that finds a front that is known."
-import json, os, random, signal
+import json, os, random, shutil, signal
 from pathlib import Path
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_notebook
@@ -39,14 +39,18 @@ def place(tmp_path, monkeypatch):
 
 # -- where it runs
 
+def needs_slurm(on):
+    if on == "slurm" and not (shutil.which("sinfo") and run_command("sinfo").returncode == 0): pytest.skip("no Slurm answers here")
+
 @pytest.fixture
 def ray_ends():
     yield
     import ray
     if ray.is_initialized(): ray.shutdown()
 
-@pytest.mark.parametrize("on", few(["local", "slurm-local", "ray"], ["local", "slurm-local"]))
+@pytest.mark.parametrize("on", few(["local", "slurm-local", "slurm", "ray"], ["local", "slurm-local"]))
 def test_the_same_sweep_anywhere_and_a_killed_worker_is_replaced(on, place, ray_ends):
+    needs_slurm(on)
     job = write_job(place, "fragile", "x: float = 1.0  # where\nbreaks: bool = False  # the worker is killed, once", FRAGILE)
     record = sweep(job, read_axes(job, [["breaks", "false", "true"], ["x", "1.5"]], []), {}, on=on, workers=2, threads=1, quiet=True)
     assert record["status"] == "finished", record
@@ -102,9 +106,10 @@ stages:
 """
 
 @pytest.mark.parametrize("on, command, number", [("local", "run", "SIGTERM"), ("local", "tune", "SIGINT"), ("slurm-local", "run", "SIGINT"), ("ray", "tune", "SIGTERM"),
-                                                 pytest.param("ray", "sweep", "SIGINT", marks=pytest.mark.slow)])
+                                                 *[pytest.param(*o, marks=pytest.mark.slow) for o in [("ray", "sweep", "SIGINT"), ("slurm", "sweep", "SIGTERM"), ("slurm", "run", "SIGINT")]]])
 def test_a_study_that_is_told_to_stop_stops_its_runs_and_goes_on(on, command, number, place, monkeypatch):
     if on == "ray": pytest.importorskip("ray", reason="needs the extra cluster")
+    needs_slurm(on)
     import psutil
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would what is started here
     job = write_job(place, "waits", 'n: int = 1  # a number\nafter: str = ""  # a run to add\ngate: str = ""  # waits for a file with this name and .open', WAITS)

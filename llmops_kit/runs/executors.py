@@ -7,7 +7,7 @@ __all__ = ['lost', 'executors', 'retries', 'new_task', 'finished_task', 'run_tas
            'SlurmLocalWorkers', 'RayWorkers', 'Tasks']
 
 # %% ../../nbs/runs/executors.ipynb #f17cc063
-import json, os, re, signal, subprocess, sys, threading, time
+import json, logging, os, re, signal, subprocess, sys, threading, time
 from pathlib import Path
 from .catalog import load_job
 from .engine import execute_record
@@ -110,6 +110,7 @@ class SlurmWorkers:
 
     def __init__(self, folder:Path, workers:int, threads:int, gpus:float):
         submitit = _needs("submitit", "cluster")
+        logging.getLogger("submitit").setLevel("ERROR")  # its warnings go to stdout too, which is for data
         try: self.executor = submitit.AutoExecutor(folder=Path(folder)/"submitit", cluster=self.cluster)
         except RuntimeError as error: raise UserError(f"There is no Slurm here ({error}). Use --on local, or slurm-local to try the same on this machine.") from None
         self.executor.update_parameters(name="llmops", cpus_per_task=threads, timeout_min=24*60, **({"gpus_per_node": int(gpus)} if gpus else {}))
@@ -118,18 +119,30 @@ class SlurmWorkers:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)  # submitit lets it pass
                 return run_task(task)
         self.task, self.uncompleted = Task(), submitit.core.utils.UncompletedJobError
+        self.queue, self.asked, self.missing = set(), 0., {}
 
     def start(self, task:dict): return self.executor.submit(self.task, task)
     def stop(self, handle): handle.cancel()
     def kill(self, handle): handle.cancel()
     def result(self, handle)->dict|None:
-        if not handle.done(): return None
+        if not handle.done(): return {"status": "lost", "error": {"type": "Lost", "message": f"Slurm has job {handle.job_id} no longer, and it left no result."}} if self.vanished(handle.job_id) else None
         try: return handle.result()
         except self.uncompleted as error: return {"status": "lost", "error": {"type": "Lost", "message": str(error).splitlines()[0]}}
+
+    def vanished(self, id:str)->bool: # submitit asks `sacct` alone, which knows nothing where Slurm keeps no accounts
+        "Has the queue been without this job for half a minute?"
+        now = time.monotonic()
+        if now - self.asked > 5:
+            said = subprocess.run(["squeue", "--me", "--noheader", "--format=%A"], capture_output=True, text=True)
+            if said.returncode: return False  # the controller does not answer now
+            self.queue, self.asked = set(said.stdout.split()), now
+        if id in self.queue: self.missing.pop(id, None)
+        return id not in self.queue and now - self.missing.setdefault(id, now) > 30
 
 class SlurmLocalWorkers(SlurmWorkers):
     "submitit's own executor for one machine: the same path without a cluster."
     cluster = "local"
+    def vanished(self, id): return False
     def stop(self, handle): os.kill(int(handle.job_id), signal.SIGTERM)  # `cancel` kills after a second, in which no model is saved
 
 class RayWorkers:
