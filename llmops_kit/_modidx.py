@@ -2333,6 +2333,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llmops_kit.runs.study.StudyRun.say': ('runs/study.html#studyrun.say', 'llmops_kit/runs/study.py'),
                                        'llmops_kit.runs.study.StudyRun.start': ( 'runs/study.html#studyrun.start',
                                                                                  'llmops_kit/runs/study.py'),
+                                       'llmops_kit.runs.study.StudyRun.wait': ('runs/study.html#studyrun.wait', 'llmops_kit/runs/study.py'),
                                        'llmops_kit.runs.study.StudyRun.write': ( 'runs/study.html#studyrun.write',
                                                                                  'llmops_kit/runs/study.py'),
                                        'llmops_kit.runs.study._Signals': ('runs/study.html#_signals', 'llmops_kit/runs/study.py'),

@@ -133,6 +133,18 @@ def test_a_study_that_is_told_to_stop_stops_its_runs_and_goes_on(on, command, nu
     assert again["status"] == "finished" and sorted(o["how"] for o in again["stages"].values()) == ["ran", "resumed", "resumed"]
     assert len(list_runs()) == 3
 
+def test_a_signal_while_a_worker_is_being_started_leaves_none_behind(place, monkeypatch):
+    job = write_job(place, "waits", 'n: int = 1  # a number\nafter: str = ""  # a run to add\ngate: str = ""  # waits for a file with this name and .open', WAITS)
+    started, start = [], executors.LocalWorkers.start
+    def start_and_signal(self, task):
+        started.append(start(self, task))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+    monkeypatch.setattr(executors.LocalWorkers, "start", start_and_signal)
+    with pytest.raises(KeyboardInterrupt): sweep(job, read_axes(job, [["n", "1", "2"]], []), {"gate": str(place/"gate")}, workers=1, threads=1, quiet=True)
+    assert [o.poll() is not None for o in started] == [True]
+    assert read_study_record("")["status"] == "stopped"
+
 def test_a_wrong_study_runs_nothing(place):
     (place/"s.yaml").write_text("stages:\n  prepare: {parameters: {limit: 10}}\n  finetune: {parameters: {data: 'stage:prepar'}}\n")
     done = run_command("llmops", "run", place/"s.yaml", env={"LLMOPS_RUNS": str(place/"runs")})
@@ -183,7 +195,7 @@ class Steps(Here):
 @pytest.fixture
 def here(place, monkeypatch):
     monkeypatch.setitem(executors.executors, "local", Here)
-    monkeypatch.setattr("llmops_kit.runs.tune.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("llmops_kit.runs.study.time.sleep", lambda seconds: None)
     surroundings = executors.new_record.__globals__["first_record"]("add", {}, {}, [], runner="llmops")["environment"] | {"packages": {}}
     monkeypatch.setattr("llmops_kit.runs.job.environment", lambda: json.loads(json.dumps(surroundings)))
     return write_job(place, "schaffer", "x: float = 3.5  # where, in [-4, 4]\nwaste: float = 0.5  # bad for both, in [0, 1]", "1")

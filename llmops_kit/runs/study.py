@@ -118,13 +118,13 @@ def _alone(name): # the folder, for one process
         yield folder
 
 class _Signals: # SIGTERM ends a study as Ctrl-C does; once it is being stopped, they say that it is to be over at once
-    def __init__(self): self.last, self.stopping, self.hurry = -math.inf, False, False
+    def __init__(self): self.last, self.asked, self.stopping, self.hurry = -math.inf, False, False, False
 
-    def __call__(self, number, frame):
+    def __call__(self, number, frame): # the first one raises nothing: a worker that is just being started would be left behind
         before, self.last = self.last, time.monotonic()
         if self.last - before < 2: return  # a scheduler and a terminal at once
-        if not self.stopping: raise KeyboardInterrupt
-        self.hurry = True
+        if self.asked and not self.stopping: raise KeyboardInterrupt  # it hangs
+        self.asked, self.hurry = True, self.stopping
 
     @contextmanager
     def listening(self):
@@ -153,12 +153,13 @@ class StudyRun:
                  gpus:float=0,         # of each
                  fresh:bool=False,     # take no run from before
                  quiet:bool=False,     # no lines on stderr
+                 asked=lambda: False,  # is it to stop?
                  **more):
         place = folder/"study.json"
         old = json.loads(place.read_text()) if place.exists() else {}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = threads or old.get("threads") or max(1, cores // workers)
-        self.place, self.quiet, self.fresh, self.pruned = place, quiet, fresh, set()  # pruned: stages that were asked to stop early
+        self.place, self.quiet, self.fresh, self.asked, self.pruned = place, quiet, fresh, asked, set()  # pruned: stages that were asked to stop early
         self.record = {"schema": 1, "name": name, "kind": kind, "status": "running", "started": _now(), "finished": None, "process": this_process(),
                        "on": on, "workers": workers, "threads": threads, "stages": {}} | more
         self.tasks = Tasks(on, folder, workers, threads, gpus)
@@ -199,6 +200,11 @@ class StudyRun:
         if results: self.write()
         return list(results)
 
+    def wait(self, seconds:float):
+        "A pause, where nothing is half done; a study that is to stop stops here."
+        if self.asked(): raise KeyboardInterrupt
+        time.sleep(seconds)
+
     def end(self, stopped=False):
         "Nothing more comes."
         whole = all(o["state"] in ("finished", "reused", "pruned") for o in self.record["stages"].values())
@@ -216,7 +222,7 @@ def verdict_of(record:dict)->str: # empty, if nothing was certified
 def running_study(name:str, kind:str, **options): # as for `StudyRun`
     "A study under way; what still runs when it is interrupted saves, and goes on the next time."
     with _alone(name) as folder, _Signals().listening() as signals:
-        study = StudyRun(name, kind, folder, **options)
+        study = StudyRun(name, kind, folder, asked=lambda: signals.asked, **options)
         try: yield study
         except BaseException as error:
             signals.stopping = True
@@ -242,7 +248,7 @@ def run_stages(study:StudyRun,
             elif study.tasks.free and all(state(n) in ("finished", "reused") for n in o.needs):
                 study.start(o)
                 waiting.remove(o)
-        if not study.ended(): time.sleep(0.05)
+        study.wait(0 if study.ended() else 0.05)
 
 def run_study(name:str, stages:list[Stage], kind:str="pipeline", **options)->dict: # the study's record at its end
     "Run all that is not done yet."

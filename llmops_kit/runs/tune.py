@@ -6,7 +6,7 @@
 __all__ = ['Objective', 'read_objective', 'open_optuna', 'suggest', 'trial_name', 'tune', 'repeat_best', 'best_rows', 'tune_text']
 
 # %% ../../nbs/runs/tune.ipynb #d9e2d55d
-import fcntl, math, random, time
+import fcntl, math, random
 from dataclasses import dataclass
 from pathlib import Path
 from .catalog import Job
@@ -109,7 +109,7 @@ class _Trials: # the trials of a tuning under way
                 self.tell(name, self.live.pop(name))
                 self.note()
             if self.prune: self.watch()
-            time.sleep(0.1)
+            self.run.wait(0.1)
 
     def counted(self): return sum(o.state != self.State.WAITING for o in self.study.get_trials(deepcopy=False))
 
