@@ -566,6 +566,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'llmops_kit.data.tables.split_named': ('data/tables.html#split_named', 'llmops_kit/data/tables.py'),
                                         'llmops_kit.data.tables.splits_of': ('data/tables.html#splits_of', 'llmops_kit/data/tables.py')},
             'llmops_kit.data.trees': { 'llmops_kit.data.trees._left_out': ('data/trees.html#_left_out', 'llmops_kit/data/trees.py'),
+                                       'llmops_kit.data.trees._parsed': ('data/trees.html#_parsed', 'llmops_kit/data/trees.py'),
                                        'llmops_kit.data.trees.module_name': ('data/trees.html#module_name', 'llmops_kit/data/trees.py'),
                                        'llmops_kit.data.trees.python_files': ('data/trees.html#python_files', 'llmops_kit/data/trees.py'),
                                        'llmops_kit.data.trees.python_modules': ( 'data/trees.html#python_modules',

@@ -81,7 +81,7 @@ def _documented(
                     yield Function(module, ".".join([*path, node.name]), node.lineno, code, summary_of(doc))
                 else: dropped["function: no docstring"] += 1
                 yield from walk(node, [*path, node.name], None)
-            else: yield from walk(node, path, owner)
+            elif hasattr(node, "body") or isinstance(node, ast.Match): yield from walk(node, path, owner)
     yield from sorted(walk(tree, [], None), key=lambda f: (f.line, f.name))
 
 # %% ../../nbs/data/docstrings.ipynb #235d4b33

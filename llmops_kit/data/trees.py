@@ -6,7 +6,7 @@
 __all__ = ['python_files', 'module_name', 'python_modules', 'statements']
 
 # %% ../../nbs/data/trees.ipynb #71b082bf
-import ast, os, sysconfig, tokenize, warnings
+import ast, gc, os, sysconfig, tokenize, warnings
 from collections import Counter
 from pathlib import Path
 
@@ -61,6 +61,14 @@ def module_name(
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 # %% ../../nbs/data/trees.ipynb #28ae7c68
+def _parsed(source):
+    "A tree is nothing but new objects, through which the collector would look again and again: half of the time."
+    collects = gc.isenabled()
+    gc.disable()
+    try: return ast.parse(source)
+    finally:
+        if collects: gc.enable()
+
 def python_modules(
     root:str|Path|None, # a folder of Python source; the standard library, if None
     dropped:Counter,    # receives the files left out, by reason
@@ -78,7 +86,7 @@ def python_modules(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore") # old escapes in strings are no news here
-                tree = ast.parse(source)
+                tree = _parsed(source)
         except (SyntaxError, ValueError, RecursionError): dropped["file: not valid Python 3"] += 1
         else: yield module, source, tree
 

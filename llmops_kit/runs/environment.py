@@ -53,7 +53,7 @@ def hardware_state()->dict: # host, CPU model and cores, bytes of memory, GPUs w
 
 def package_versions()->dict: # distribution name to version, sorted
     "Every installed distribution, exactly."
-    found = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"]}
+    found = {o["Name"]: o["Version"] for o in (d.metadata for d in distributions()) if o["Name"]} # metadata is parsed each time it is asked for
     return dict(sorted(found.items(), key=lambda o: o[0].lower()))
 
 # %% ../../nbs/runs/environment.ipynb #3a9bd6d0
