@@ -45,7 +45,7 @@ def ray_ends():
     import ray
     if ray.is_initialized(): ray.shutdown()
 
-@pytest.mark.parametrize("on", few(["local", "slurm-local", "ray"], ["local", "slurm-local"]))
+@pytest.mark.parametrize("on", ["local", "slurm-local", "ray"])
 def test_the_same_sweep_anywhere_and_a_killed_worker_is_replaced(on, place, ray_ends):
     job = write_job(place, "fragile", "x: float = 1.0  # where\nbreaks: bool = False  # the worker is killed, once", FRAGILE)
     record = sweep(job, read_axes(job, [["breaks", "false", "true"], ["x", "1.5"]], []), {}, on=on, workers=2, threads=1, quiet=True)
@@ -101,8 +101,8 @@ stages:
   three: {job: %(job)s, parameters: {gate: %(gate)s, n: 3}}
 """
 
-@pytest.mark.parametrize("on, command, number", [("local", "run", "SIGTERM"), ("local", "tune", "SIGINT"), ("slurm-local", "run", "SIGINT"), ("ray", "tune", "SIGTERM"),
-                                                 pytest.param("ray", "sweep", "SIGINT", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("on, command, number", [("local", "run", "SIGTERM"), ("local", "tune", "SIGINT"), ("slurm-local", "run", "SIGINT"),
+                                                 *few([("ray", "tune", "SIGTERM"), ("ray", "sweep", "SIGINT")], [])])
 def test_a_study_that_is_told_to_stop_stops_its_runs_and_goes_on(on, command, number, place, monkeypatch):
     if on == "ray": pytest.importorskip("ray", reason="needs the extra cluster")
     import psutil

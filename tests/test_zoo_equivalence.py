@@ -133,7 +133,11 @@ PLANTS = {"adapter lost (base saved)": lambda lm, _: scaled(lm, 0), "merged twic
           "vocabulary padded": padded_vocabulary, "end token lost in generation settings": lost_end_token, "another end token in the folder": other_end_token_in_folder,
           "another chat template": other_template, "chat template gone": template_gone}
 
-@pytest.mark.parametrize("bug", PLANTS)
+# one of each kind
+SHORT = {"scale alpha/r ignored", "saved in bf16 as fp32", "a base 0.1 % off in one matrix", "one layer forgotten", "a token's embedding lost", "vocabulary truncated",
+         "end token lost in generation settings", "another end token in the folder", "another chat template"}
+
+@pytest.mark.parametrize("bug", few(PLANTS, SHORT))
 def test_planted_bug_is_caught(bug, lm, tmp_path):
     format = "fp32" if "folder" in bug or "template" in bug or "fp32" in bug else "merged"
     found = certified(bug, lm, forms={format: PLANTS[bug](lm, tmp_path)})

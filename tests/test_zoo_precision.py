@@ -1,4 +1,6 @@
 """The bug zoo of the precision certificate: what bf16 should not do must fail it, clean models of every family must pass."""
+from functools import lru_cache
+
 import pytest
 import torch
 from transformers import TrainingArguments
@@ -18,10 +20,10 @@ from test_zoo_invariance import layers, rows_of, small
 
 def in_bf16(): return torch.is_autocast_enabled("cpu")
 
-def tiny(n=6):
-    "The bundled model, which is trained, and its own rows."
-    base = load_model("tiny")
-    return base, token_rows(load_examples("docstrings").train.select(range(n)), base.tokenizer, 200)
+@lru_cache
+def own_rows(n=6): return token_rows(load_examples("docstrings").train.select(range(n)), load_model("tiny").tokenizer, 200)
+
+def tiny(): return load_model("tiny"), own_rows() # which is trained, and its own rows
 
 def random_llama(): return small(), rows_of()
 
