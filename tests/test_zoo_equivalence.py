@@ -5,7 +5,7 @@ import copy
 from dataclasses import replace
 from functools import lru_cache
 import pytest, torch
-from conftest import few
+from conftest import DOCSTRINGS, few
 from llmops_kit.data.examples import load_examples
 from llmops_kit.models.families import FAMILIES, random_lm
 from llmops_kit.models.load import load_model, shared_copy
@@ -18,7 +18,7 @@ pytest.importorskip("bitsandbytes")
 QUICK = dict(positions=120, prompts=2, max_new_tokens=8)
 
 @lru_cache
-def rows(): return [*load_examples("docstrings").validation.select(range(12))]
+def rows(): return [*load_examples(DOCSTRINGS).validation.select(range(12))]
 
 def trained(base, variant="lora", size=0.05, seed=0):
     "An adapter with random weights of about the size that training gives."
