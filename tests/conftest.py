@@ -1,5 +1,5 @@
 "What several tests share."
-import fcntl, gc, json, os, shutil, subprocess, sys, time
+import fcntl, gc, json, os, shutil, subprocess, sys, sysconfig, time
 from contextlib import contextmanager
 from pathlib import Path
 import pytest
@@ -7,6 +7,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent
 os.environ["LLMOPS_WARM"] = "0" # a test says itself when it wants a warm parent
 GIVEN = frozenset(os.environ)
+DOCSTRINGS = f"{sysconfig.get_path('stdlib')}/asyncio" # a part of `docstrings`, which takes seconds to read
 
 # longest first, so that none of them is begun when the others are done
 LONG = ["test_jobs", "test_zoo_continuation", "test_training_jobs", "test_zoo_invariance", "test_resume", "test_prepare_job", "test_studies", "test_kills", "test_lab", "test_engine", "test_zoo_precision",

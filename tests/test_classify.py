@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support, roc_auc_score
 
+from conftest import few
 from llmops_kit.data.docstrings import INSTRUCTION
 from llmops_kit.data.examples import load_examples
 from llmops_kit.data.verbs import nameless, verb_of
@@ -135,7 +136,7 @@ def by_hand(model, ids):
     with torch.no_grad(): return torch.cat([model.score(model.base_model(torch.tensor([o])).last_hidden_state[:, -1]) for o in ids])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, ["llama", "gpt2", "qwen3_moe"]))
 def test_every_family_classifies_the_last_real_token(family, tmp_path):
     lm = random_lm(family)
     found = prompt_rows(TEST[:6], lm.tokenizer, lm.max_length, LABELS)

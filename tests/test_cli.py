@@ -29,9 +29,10 @@ def test_runs_that_cannot_be_written(tmp_path):
     assert done.returncode == 2 and "Cannot write a run to" in done.stderr and "set LLMOPS_RUNS" in done.stderr
 
 def test_parameters_from_a_file(tmp_path, warm):
-    (tmp_path/"p.yaml").write_text("limit: 50\nvalidation: 2e-1\nwandb: 'off'\n")
+    (tmp_path/"rows.jsonl").write_text("".join(json.dumps({"prompt": f"What is {n} times {n % 7}?", "completion": f"It is {n*(n % 7)}, as one counts."}) + "\n" for n in range(90)))
+    (tmp_path/"p.yaml").write_text(f"data: {tmp_path}/rows.jsonl\nlimit: 50\nvalidation: 2e-1\nwandb: 'off'\n")
     record = json.loads(llmops("run", "prepare", "-f", tmp_path/"p.yaml", "-p", "limit", "60", "--name", "small", "--json", env=warm | {"LLMOPS_RUNS": str(tmp_path/"runs")}))
-    assert (record["parameters"]["limit"], record["parameters"]["validation"], record["given"]) == (60, 0.2, ["limit", "validation", "wandb"])
+    assert (record["parameters"]["limit"], record["parameters"]["validation"], record["given"]) == (60, 0.2, ["data", "limit", "validation", "wandb"])
     assert (record["name"], record["status"]) == ("small", "finished")
 
 @pytest.mark.parametrize("command", ["jobs", "run", "resume", "runs", "show", "graph", "export", "import", "replay", "diff", "gate", "estimate", "sync", "sweep", "tune", "report", "warm", "verify-notebooks", "demo"])

@@ -1,7 +1,7 @@
 "A run that is killed at any moment: the ledger finds out, nothing that was logged is lost, and the next run works."
 import json
 import nbformat, pytest
-from conftest import PROJECT, kill_tree, llmops, start_llmops, wait_until
+from conftest import PROJECT, kill_tree, llmops, options, start_llmops, wait_until
 
 SMALL = {"max_steps": 400, "train_examples": 100, "validation_examples": 8, "eval_every": 5, "wandb": "offline", "certify": "off"}
 
@@ -22,9 +22,9 @@ SHORT = "training is well under way",
 
 @pytest.mark.parametrize("moment", [o if o in SHORT else pytest.param(o, marks=pytest.mark.slow) for o in MOMENTS])
 def test_sigkill_of_the_whole_tree(moment, tmp_path, warm):
-    env = {"LLMOPS_RUNS": str(tmp_path/"runs")}
-    arguments = [str(o) for k, v in SMALL.items() for o in ("-p", k, v)]
-    process = start_llmops("run", "finetune", *arguments, env=env)
+    env, data = {"LLMOPS_RUNS": str(tmp_path/"runs")}, tmp_path/"rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"What is {n} times {n % 7}?", "completion": f"It is {n*(n % 7)}, as one counts."}) + "\n" for n in range(150)))
+    process = start_llmops("run", "finetune", *options(SMALL | {"data": data}), env=env)
     found = lambda: list((tmp_path/"runs").glob("*/run.json"))
     wait_until(lambda: found() and MOMENTS[moment](found()[0].parent), process)
     run = found()[0].parent
@@ -42,5 +42,5 @@ def test_sigkill_of_the_whole_tree(moment, tmp_path, warm):
 
     assert not [*PROJECT.glob("*-ipc-*")]  # a killed kernel's sockets are not the user's to sweep up
 
-    following = json.loads(llmops("run", "prepare", "-p", "limit", "60", "-p", "wandb", "off", "--json", env=warm | env))
+    following = json.loads(llmops("run", "prepare", "-p", "data", data, "-p", "limit", "60", "-p", "wandb", "off", "--json", env=warm | env))
     assert following["status"] == "finished"

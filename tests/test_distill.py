@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import few
 from llmops_kit.models.families import FAMILIES, random_lm
 from llmops_kit.models.load import load_model
 from llmops_kit.runs.artifacts import sha256_of
@@ -29,6 +30,7 @@ def conversations(n, seed):
 
 EXAMPLES, TEST = SimpleNamespace(train=conversations(60, 1), validation=conversations(12, 2)), conversations(12, 3)
 SMALL = dict(lr=3e-3, max_steps=8, eval_every=4, tokens_per_batch=256)
+SHORT = "llama", "gpt2", "gemma3"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def plain(student, teacher, batch, temperature, direction="teacher", padding=Fal
     return each if padding else each[batch["labels"][:, 1:] != -100]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, SHORT))
 def test_divergence_is_the_plain_one_for_every_family(family):
     teacher, student = random_lm(family), random_lm(family, seed=1)
     batch = batch_of(student)
@@ -226,7 +228,7 @@ def test_killed_and_called_again_it_ends_with_the_same_bytes(teacher, tmp_path, 
 
 # -- a student of the teacher's layers
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, SHORT))
 def test_half_of_every_family(family):
     teacher = random_lm(family, layers=4)
     small = half_of(teacher)

@@ -5,7 +5,7 @@ import nbformat, pytest
 from conftest import CHAIN, PROJECT, few, llmops, options, run_command, run_job
 
 SMALL = CHAIN | {
-    "pretrain": {"steps": 4, "eval_every": 2, "eval_blocks": 2, "layers": 1, "hidden_size": 64, "intermediate_size": 128, "max_length": 128, "vocab_size": 512},
+    "pretrain": {"data": PROJECT/"llmops_kit"/"runs", "steps": 4, "eval_every": 2, "eval_blocks": 2, "layers": 1, "hidden_size": 64, "intermediate_size": 128, "max_length": 128, "vocab_size": 512},
     "behaviour": {"adapter": "latest:finetune", "examples": 8, "max_new_tokens": 8, "resamples": 200},
     "compare": {"resamples": 200},
     "benchmark": {"tasks": "pick_docstring", "limit": 8},
@@ -85,12 +85,12 @@ def check_wandb(record, folder):
 @pytest.mark.parametrize("job", few(SMALL, SMALL.keys() - BENCHES))
 def test_wandb_holds_what_the_ledger_holds(job, record, runs): check_wandb(record, runs/record["id"])
 
-@pytest.mark.parametrize("job", ["prepare", "finetune", "evaluate"])
+@pytest.mark.parametrize("job", few(["prepare", "finetune", "evaluate"], ["finetune", "evaluate"])) # test_reuse runs prepare again
 def test_replay_agrees_to_the_last_bit(job, records, env):
     told = json.loads(llmops("replay", records[job]["id"], "--json", env=env))
     assert told["agrees"] and told["differences"] == [] and told["environment"] == []
 
-@pytest.mark.parametrize("job", [pytest.param("finetune", marks=pytest.mark.slow), "evaluate"])
+@pytest.mark.parametrize("job", few(["finetune", "evaluate", "compare"], ["compare"]))
 def test_one_number_altered_by_hand_fails_the_replay(job, records, runs, env):
     path = runs/records[job]["id"]/"run.json"
     honest = path.read_text()
@@ -109,7 +109,7 @@ def test_a_report_is_one_file_with_the_verdict_first(job, records, env, tmp_path
     assert not [o for o in re.findall(r'(?:src|href)="([^"]*)"', page) if not o.startswith(("data:", "#"))] and "<script" not in page
 
 def test_diff_names_what_was_changed(records, env):
-    other = run_job("prepare", {"limit": 200, "wandb": "off"}, env)
+    other = run_job("prepare", {"data": records["prepare"]["id"], "limit": 200, "wandb": "off"}, env)
     found = json.loads(llmops("diff", records["prepare"]["id"], other["id"], "--json", env=env))
     assert {"limit", "wandb"} <= {o["name"] for o in found if o["part"] == "parameters"}
     assert any(o["part"] == "outputs" for o in found)

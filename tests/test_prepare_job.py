@@ -68,7 +68,7 @@ SOURCES = {conversations_with_tools: ("conversation", {}), prompts_in_csv_under_
            prompts_in_parquet: ("conversation", {}), preferences_in_json: ("preference", {}), labels_in_arrow: ("classification", {"stratify": "label"}),
            a_tree_of_markdown: ("text", {}), a_tree_of_python: ("conversation", {}), a_datasets_folder: ("conversation", {}), an_address: ("conversation", {})}
 
-SHORT = conversations_with_tools, prompts_in_csv_under_other_names, labels_in_arrow, a_tree_of_markdown
+SHORT = conversations_with_tools, labels_in_arrow, a_tree_of_markdown
 
 @pytest.mark.parametrize("source", [o if o in SHORT else pytest.param(o, marks=pytest.mark.slow) for o in SOURCES], ids=lambda f: f.__name__)
 def test_every_kind_of_source(source, tmp_path, warm):

@@ -48,7 +48,7 @@ def ray_ends():
     import ray
     if ray.is_initialized(): ray.shutdown()
 
-@pytest.mark.parametrize("on", few(["local", "slurm-local", "slurm", "ray"], ["local", "slurm-local"]))
+@pytest.mark.parametrize("on", few(["local", "slurm-local", "slurm", "ray"], ["local", "slurm-local", "ray"]))
 def test_the_same_sweep_anywhere_and_a_killed_worker_is_replaced(on, place, ray_ends):
     needs_slurm(on)
     job = write_job(place, "fragile", "x: float = 1.0  # where\nbreaks: bool = False  # the worker is killed, once", FRAGILE)
@@ -105,8 +105,8 @@ stages:
   three: {job: %(job)s, parameters: {gate: %(gate)s, n: 3}}
 """
 
-@pytest.mark.parametrize("on, command, number", [("local", "run", "SIGTERM"), ("local", "tune", "SIGINT"), ("slurm-local", "run", "SIGINT"), ("ray", "tune", "SIGTERM"),
-                                                 *[pytest.param(*o, marks=pytest.mark.slow) for o in [("ray", "sweep", "SIGINT"), ("slurm", "sweep", "SIGTERM"), ("slurm", "run", "SIGINT")]]])
+@pytest.mark.parametrize("on, command, number", [("local", "run", "SIGTERM"), ("local", "tune", "SIGINT"), ("slurm-local", "run", "SIGINT"),
+                                                 *few([("ray", "tune", "SIGTERM"), ("ray", "sweep", "SIGINT"), ("slurm", "sweep", "SIGTERM"), ("slurm", "run", "SIGINT")], [])])
 def test_a_study_that_is_told_to_stop_stops_its_runs_and_goes_on(on, command, number, place, monkeypatch):
     if on == "ray": pytest.importorskip("ray", reason="needs the extra cluster")
     needs_slurm(on)

@@ -5,7 +5,7 @@ import copy
 from dataclasses import replace
 from functools import lru_cache
 import pytest, torch
-from conftest import few
+from conftest import DOCSTRINGS, few
 from llmops_kit.data.examples import load_examples
 from llmops_kit.models.families import FAMILIES, random_lm
 from llmops_kit.models.load import load_model, shared_copy
@@ -18,7 +18,7 @@ pytest.importorskip("bitsandbytes")
 QUICK = dict(positions=120, prompts=2, max_new_tokens=8)
 
 @lru_cache
-def rows(): return [*load_examples("docstrings").validation.select(range(12))]
+def rows(): return [*load_examples(DOCSTRINGS).validation.select(range(12))]
 
 def trained(base, variant="lora", size=0.05, seed=0):
     "An adapter with random weights of about the size that training gives."
@@ -133,7 +133,11 @@ PLANTS = {"adapter lost (base saved)": lambda lm, _: scaled(lm, 0), "merged twic
           "vocabulary padded": padded_vocabulary, "end token lost in generation settings": lost_end_token, "another end token in the folder": other_end_token_in_folder,
           "another chat template": other_template, "chat template gone": template_gone}
 
-@pytest.mark.parametrize("bug", PLANTS)
+# one of each kind
+SHORT = {"scale alpha/r ignored", "saved in bf16 as fp32", "a base 0.1 % off in one matrix", "one layer forgotten", "a token's embedding lost", "vocabulary truncated",
+         "end token lost in generation settings", "another end token in the folder", "another chat template"}
+
+@pytest.mark.parametrize("bug", few(PLANTS, SHORT))
 def test_planted_bug_is_caught(bug, lm, tmp_path):
     format = "fp32" if "folder" in bug or "template" in bug or "fp32" in bug else "merged"
     found = certified(bug, lm, forms={format: PLANTS[bug](lm, tmp_path)})

@@ -165,7 +165,11 @@ def caught(plant, patch, **options):
     plant(patch, lm)
     return invariance(lm, rows_of(), examples=6, **options)
 
-@pytest.mark.parametrize("plant", PLANTS, ids=lambda o: o.__name__)
+# one of each kind, and of a kind the smallest
+SHORT = {"mask_one_token_too_wide", "positions_not_reset_but_mask_right", "use_cache_leaks", "first_token_of_a_packed_example_is_trained", "padding_seen_by_attention", "trained_mask_includes_padding",
+         "labels_not_shifted", "divided_by_accumulation_again", "last_batch_counts_a_thousandth_more", "label_smoothing_of_a_thousandth", "dropout_hardly_left_on", "batch_norm_layer", "leak_of_0.0001"}
+
+@pytest.mark.parametrize("plant", few(PLANTS, [o for o in PLANTS if o.__name__ in SHORT]), ids=lambda o: o.__name__)
 def test_planted_bug_is_caught(plant, monkeypatch):
     found = caught(plant, monkeypatch)
     assert found.passed is False and found.details[0]["ratio"] > 3, found
@@ -175,7 +179,8 @@ def test_the_worst_form_names_the_bug(monkeypatch):
         with monkeypatch.context() as patch: return {o["form"].removeprefix("hot path, ") for o in caught(plant, patch).details if o["ratio"] > 1}
     assert failed(mask_leaks_between_packed) == {"packed", "packed, other order"}
     assert failed(mean_of_means) == {"step in 2 batches, gradient", "step in 2 batches, loss"}
-    assert failed(position_offset_by_padding) >= {"padded", "mixed"} and not failed(position_offset_by_padding) & {"alone", "packed"}
+    found = failed(position_offset_by_padding)
+    assert found >= {"padded", "mixed"} and not found & {"alone", "packed"}
 
 def test_a_bug_that_is_only_in_bf16_is_caught(monkeypatch):
     "As of a kernel for bf16 alone."
@@ -196,7 +201,7 @@ def test_clean_family_passes_in_fp32_and_bf16(family, method):
     assert found.passed and found.details[0]["ratio"] < 0.5, found
     assert {o["format"] for o in found.details} == {"fp32", "bf16"} and "packed" in {o["form"] for o in found.details}
 
-@pytest.mark.parametrize("seed", few(range(8), range(2)))
+@pytest.mark.parametrize("seed", few(range(8), [1]))
 def test_clean_seed_passes(seed):
     found = invariance(small(seed=seed), rows_of(seed), examples=6)
     assert found.passed and found.details[0]["ratio"] < 0.5, found

@@ -15,7 +15,7 @@ from pathlib import Path
 
 # %% ../../nbs/runs/warm.ipynb #a524f63f
 preloaded = ("numpy", "pandas", "pyarrow", "scipy.stats", "sklearn.metrics", "torch", "transformers", "transformers.trainer", "transformers.models.llama.modeling_llama",
-             "accelerate", "peft", "datasets", "requests", "wandb", "wandb.apis.public", "py3langid.langid", "matplotlib", "matplotlib.figure", "sacrebleu", "threadpoolctl", "psutil", "tqdm.auto")
+             "accelerate", "peft", "datasets", "requests", "wandb", "wandb.apis.public", "py3langid.langid", "matplotlib", "matplotlib.figure", "sacrebleu", "rouge_score.rouge_scorer", "threadpoolctl", "psutil", "tqdm.auto")
 _of_kernels = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.debugger", "IPython.core.completerlib", "IPython.extensions.storemagic", "IPython.core.debugger", "tornado.platform.asyncio",
                "sqlite3", "ipywidgets")
 
