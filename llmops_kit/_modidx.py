@@ -2433,6 +2433,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'llmops_kit.runs.tune._Trials.begin': ('runs/tune.html#_trials.begin', 'llmops_kit/runs/tune.py'),
                                       'llmops_kit.runs.tune._Trials.counted': ('runs/tune.html#_trials.counted', 'llmops_kit/runs/tune.py'),
                                       'llmops_kit.runs.tune._Trials.go': ('runs/tune.html#_trials.go', 'llmops_kit/runs/tune.py'),
+                                      'llmops_kit.runs.tune._Trials.leading': ('runs/tune.html#_trials.leading', 'llmops_kit/runs/tune.py'),
                                       'llmops_kit.runs.tune._Trials.note': ('runs/tune.html#_trials.note', 'llmops_kit/runs/tune.py'),
                                       'llmops_kit.runs.tune._Trials.tell': ('runs/tune.html#_trials.tell', 'llmops_kit/runs/tune.py'),
                                       'llmops_kit.runs.tune._Trials.watch': ('runs/tune.html#_trials.watch', 'llmops_kit/runs/tune.py'),

@@ -28,6 +28,13 @@ def of_folders(): # what the index has to say
 
 def of_index(): return sorted(ask_index("select id, status from runs"))
 
+def test_two_runs_that_drew_the_same_id(ledger):
+    first = add(7)
+    other = {"id": first, "job": "finetune", "status": "failed", "outputs": []}
+    folder = create_record(other)
+    assert other["id"] != first and folder == run_folder(other["id"]) and read_record(other["id"])["status"] == "failed"
+    assert read_record(first)["status"] == "finished" and len(list_runs()) == 2
+
 # -- the index
 
 def test_no_change_of_the_folders_is_missed(ledger):

@@ -162,7 +162,7 @@ class Here:
         _, record = executors._prepared(task)
         if found := executors.find_equal(record): return {"record": found, "how": "reused", "lines": iter(())}
         earlier = next((o["id"] for o in list_runs() if (o["study"], o["stage"], o["status"]) == (task["study"], task["stage"], "running")), None)
-        if not earlier: create_record(record | {"kernel": None})
+        if not earlier: create_record(record := record | {"kernel": None})
         return {"record": read_record(earlier or record["id"]), "how": "resumed" if earlier else "ran", "lines": iter(range(1, self.steps + 1))}
     def result(self, handle):
         id = handle["record"]["id"]
@@ -287,6 +287,19 @@ def test_hopeless_trials_are_stopped_and_the_others_never_started_over(here, mon
     assert sum(o["state"] == "pruned" for o in record["stages"].values()) >= 8 and sum(runs.values()) < 0.7*20*27
     assert abs(best_rows(record)[0]["parameters"]["x"] - 1) < 0.3
     assert read_study_record("")["name"] == record["name"]
+
+class Lucky(Here):
+    @staticmethod
+    def metrics(p): return {"loss": -10. if (p["x"], p["seed"]) == (-3.5, 0) else (p["x"] - 1)**2 + random.Random(p["seed"]).uniform(0, 0.1)}
+
+def test_a_setting_that_was_best_by_luck_is_not_told_as_best(here, monkeypatch):
+    monkeypatch.setitem(executors.executors, "local", Lucky)
+    record = tune(here, read_axes(here, [["x", "-3.5", "0", "1", "3.5"]], []), {}, [read_objective("loss:min")], 8, seeds=3, quiet=True)
+    lucky = next(o["number"] for o in record["trials"] if o["parameters"]["x"] == -3.5)
+    rows = best_rows(record)
+    assert min(record["trials"], key=lambda o: o["values"])["number"] == lucky and lucky in record["best"] and len(record["best"]) == 3
+    assert rows[0]["parameters"]["x"] == 1 and rows[0]["beside_default"]["loss"]["high"] < 0
+    assert next(o for o in rows if o["trial"] == lucky)["beside_default"]["loss"]["low"] > 0, "paired over the seeds that did not choose it, it is worse"
 
 def test_a_metric_that_no_run_has(here):
     from llmops_kit.runs.errors import UserError

@@ -57,12 +57,16 @@ def run_folder(id:str)->Path: # may not exist
     "The folder of a run."
     return runs_dir()/id
 
-def create_record(record:dict, # needs `id` and `job`
+def create_record(record:dict, # needs `id` and `job`; gets another id, if a run has this one already
                   )->Path:     # the run's new folder
     "Make a run's folder and write its first record."
     folder = run_folder(record["id"])
     try:
-        folder.mkdir(parents=True)
+        try: folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir(): raise
+            record["id"] = new_run_id(record["job"])
+            return create_record(record)
         (folder/"artifacts").mkdir()
         _write(folder, {"schema": schema} | record)
         (folder/_reserve).write_bytes(bytes(16_384))

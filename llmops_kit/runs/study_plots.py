@@ -68,6 +68,8 @@ def front_figure(record:dict): # a tuning's record
         values = [o["values"][0] for o in done]
         ax.plot([o["number"] for o in done], values, "o", markersize=4, color="#888", label="trial")
         ax.step([o["number"] for o in done], [pick(values[:n + 1]) for n in range(len(values))], where="post", label="best so far")
+        over = [(o["trial"], o["objectives"][names[0]]) for o in best if o["objectives"][names[0]]["low"] is not None]
+        if over: ax.errorbar([n for n, _ in over], [o["mean"] for _, o in over], [o["high"] - o["mean"] for _, o in over], fmt="s", markersize=4, capsize=2, linewidth=1, label="over seeds")
         ax.set(xlabel="trial", ylabel=names[0])
     else:
         ax.plot([o["values"][0] for o in done], [o["values"][1] for o in done], "o", markersize=4, color="#bbb", label="trial")

@@ -95,10 +95,18 @@ class _Trials: # the trials of a tuning under way
         "What is known so far, into the study's record."
         trials = self.study.get_trials(deepcopy=False)
         done = [o for o in trials if o.values]
-        self.run.record |= {"best": sorted(o.number for o in self.study.best_trials) if done else [],
+        self.run.record |= {"best": self.leading(done),
                             "default": next((o.number for o in done if o.number == 0 and o.system_attrs.get("fixed_params")), None),
                             "trials": [{"number": o.number, "parameters": o.params, "values": o.values, "state": o.state.name.lower()} for o in trials]}
         self.run.write()
+
+    def leading(self, done):
+        "Numbers of the trials of the front; with one objective, of the three best, since one seed chose them."
+        if not done or len(self.objectives) > 1: return sorted(o.number for o in self.study.best_trials) if done else []
+        sign = -1 if self.objectives[0].direction == "maximize" else 1
+        ranked = {}  # each point once
+        for o in sorted(done, key=lambda o: (sign*o.values[0], o.number)): ranked.setdefault(tuple(sorted(o.params.items())), o.number)
+        return sorted([*ranked.values()][:3])
 
     def go(self, trials):
         "Until there are so many."
@@ -181,7 +189,7 @@ def repeat_best(run:StudyRun, job:Job, given:dict, chosen:dict[int, dict], seeds
 
 # %% ../../nbs/runs/tune.ipynb #e1698b3c
 def best_rows(record:dict)->list[dict]: # trial, whether it is the default, parameters, each objective's interval over seeds, and that of its differences from the default over the seeds that did not choose the trial
-    "The front of a tuning, and the default beside it."
+    "The front of a tuning, or its three best with one objective, and the default beside it."
     stages, rows, default = record["stages"], [], record["default"]
     def values_of(n): # metric to seed to value; the seed of the trial itself is ""
         own = {k.partition(",")[2]: read_record(o["run"])["metrics"] for k, o in stages.items() if k.split(",")[0] == trial_name(n) and o["state"] in ("finished", "reused")}
@@ -202,7 +210,7 @@ def tune_text(record:dict)->str: # a study's record
     if not rows: return "No trial has finished."
     counts = {k: sum(o["state"] == k for o in record["trials"]) for k in dict.fromkeys(o["state"] for o in record["trials"])}
     shown, heads = list(record["axes"]), [o["metric"] for o in record["objectives"]]
-    table = [["trial", *shown, *heads, "run"]] + [[str(o["trial"]) + (" (default)" if o["default"] else "") + ("" if o["best"] else ", not best"), *(number(o["parameters"][k]) for k in shown),
+    table = [["trial", *shown, *heads, "run"]] + [[str(o["trial"]) + (" (default)" if o["default"] else "") + ("" if o["best"] or len(heads) == 1 else ", not in the front"), *(number(o["parameters"][k]) for k in shown),
                                                    *(interval_text(o["objectives"][k]) for k in heads), o["run"]] for o in rows]
     def said(metric, direction, o): # lower is better, or higher
         sign = -1 if direction == "maximize" else 1
@@ -210,4 +218,4 @@ def tune_text(record:dict)->str: # a study's record
         return f"{metric} {interval_text(o)}, {verdict}"
     told = [f"Trial {o['trial']} less the default, paired over the {next(iter(o['beside_default'].values()))['n']} seeds that did not choose it: "
             + "; ".join(said(k["metric"], k["direction"], o["beside_default"][k["metric"]]) for k in record["objectives"] if k["metric"] in o["beside_default"]) + "." for o in rows if o["beside_default"]]
-    return "\n".join([f"{record['name']}: {', '.join(f'{v} {k}' for k, v in counts.items())}; " + ("the best" if len(heads) == 1 else "the front"), columns(table, right=range(1, 1 + len(shown) + len(heads))), *told])
+    return "\n".join([f"{record['name']}: {', '.join(f'{v} {k}' for k, v in counts.items())}; " + ("the best by one seed, over all seeds" if len(heads) == 1 else "the front"), columns(table, right=range(1, 1 + len(shown) + len(heads))), *told])
