@@ -33,7 +33,7 @@ def outcome(record, env):
     folder = Path(env["LLMOPS_RUNS"])/record["id"]
     wandb = read_offline_run(folder)
     plain = lambda o: comparable({k: v for k, v in o.items()})
-    return dict(status=record["status"], error=record["error"], outputs={o["name"]: o["sha256"] for o in record["outputs"]}, metrics=comparable(record["metrics"]), history=record["history"],
+    return dict(status=record["status"], error=record["error"], tracking=record["tracking"].get("error"), outputs={o["name"]: o["sha256"] for o in record["outputs"]}, metrics=comparable(record["metrics"]), history=record["history"],
                 certificates={k: (o["passed"], o["value"]) for k, o in record["certificates"].items()}, steps=[o["name"] for o in record["steps"]],
                 # a table's line names the file that holds it, which carries a digest of itself
                 wandb=([plain(o) for o in wandb["history"] if not any(k.endswith("._type") for k in o)], plain({k: v for k, v in wandb["summary"].items() if isinstance(v, (int, float))})))
