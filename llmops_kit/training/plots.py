@@ -75,7 +75,7 @@ def _loss(axes, history):
         axes.plot(steps[best], losses[best], "*", color=COLORS["validation"], markersize=13, label=f"best: {losses[best]:.3f} at step {steps[best]}")
         caption.append(f"lowest validation loss {losses[best]:.3f} at step {steps[best]}")
     axes.set_xlabel("step", fontsize=9)
-    if caption: axes.legend(frameon=False, fontsize=9)
+    if caption: axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0, columnspacing=0.8, handlelength=1, handletextpad=0.4)  # above: inside, it would lie on the curves
     return caption
 
 def _short(value): return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
