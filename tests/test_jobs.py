@@ -70,6 +70,7 @@ def test_evaluate_has_every_metric_with_its_interval(records):
 def check_wandb(record, folder):
     from llmops_kit.runs.tracking import read_offline_run
     read = read_offline_run(folder)
+    assert not record["tracking"].get("error")
     assert read["state"] == "finished" and read["config"] == record["parameters"]
     history = [json.loads(o) for o in (folder/"metrics.jsonl").read_text().splitlines()] if record["history"]["lines"] else []
     assert all(o["run"] in read["notes"] for o in record["inputs"] if o.get("run"))

@@ -72,8 +72,13 @@ def _become(request, files, made): # the environment and the process that a clea
     sys.path[:] = [o for o in sys.path if o]
     # the kit's own code is read anew, since it may have been edited
     for o in [o for o in sys.modules if o.split(".")[0] == "llmops_kit"]: del sys.modules[o]
-    import weakref
-    for o in list(weakref.finalize._registry): o.atexit = False # what the parent made is the parent's to take away
+    import tempfile, weakref
+    for o in list(weakref.finalize._registry):
+        o.atexit = False # what the parent made is the parent's to take away
+        made = (o.peek() or [None])[0]
+        if isinstance(made, tempfile.TemporaryDirectory): # a kernel has its own: wandb takes the one for tables away when it ends
+            o.detach()
+            made.__init__(suffix=Path(made.name).name)
     if "numpy" in sys.modules: sys.modules["numpy"].random.seed()
     threads = int(request["env"]["OMP_NUM_THREADS"])
     if "torch" in sys.modules: sys.modules["torch"].set_num_threads(threads)
