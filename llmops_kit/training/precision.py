@@ -61,8 +61,18 @@ STILL = 0.01 # share of the weights that may stand still in bf16 and not in fp32
 LOST = 0.1   # share of the progress that bf16 may lose
 ENOUGH = 5   # steps from which on progress is compared
 
-def _losses(model, batch, bf16):
+def _losses(model, rows, pad, bf16):
+    batch = {k: v.to(model_device(model)) for k, v in collate(list(rows), pad).items()}
     with torch.no_grad(), torch.autocast(model_device(model).type, torch.bfloat16, enabled=bf16): return token_nll(model, batch)
+
+def _thirds(rows): # each with rows of all lengths
+    return [TokenRows(rows.ids[i::3], rows.mask[i::3]) for i in range(min(3, len(rows)))]
+
+def _middle(whole:tuple, of_part, rows): # both: what bf16 changes, and one error of its size
+    "The whole where bf16 changes no more than one error does, else the middle one of three parts."
+    if whole[0] <= whole[1]: return whole
+    parts = sorted((of_part(o) for o in _thirds(rows)), key=lambda o: o[0]/max(o[1], 1e-300))
+    return parts[len(parts)//2]
 
 def precision(lm:LanguageModel,  # as it would be trained; its weights come back as they were
               rows:TokenRows,    # of the training
@@ -74,18 +84,23 @@ def precision(lm:LanguageModel,  # as it would be trained; its weights come back
     "Does computing in bf16 hurt?"
     start, rows, model, pad = time.perf_counter(), spread(rows, examples), lm.model, lm.tokenizer.pad_token_id
     if not any(p.requires_grad for p in model.parameters()): raise UserError(f"No weight of {lm.name} requires a gradient, so there is no training to compare. Give the model as it would be trained.")
-    batch = {k: v.to(model_device(model)) for k, v in collate(list(rows), pad).items()}
     cases = []
     def case(what, difference, tolerance): cases.append(dict(what=what, difference=difference, tolerance=tolerance, ratio=difference/tolerance if difference < math.inf else math.inf))
     with without_dropout(model):
-        exact, narrow = (_losses(model, batch, bf16) for bf16 in (False, True))
-        with rounded_otherwise(model, 0, torch.bfloat16): rounded = _losses(model, batch, False)
-        rms = lambda o: float((o - exact).double().square().mean().sqrt())
-        case("loss of a token (nats)", rms(narrow), ROUNDINGS*rms(rounded))
-        trained = {bf16: short_training(model, rows, pad, bf16=bf16, lr=lr, steps=steps) for bf16 in (False, True)}
-        with rounded_otherwise(model, 0, torch.bfloat16): blurred = short_training(model, rows, pad, bf16=False, lr=lr, steps=1)[0]
-        (gradient, still, loss), (narrow_gradient, narrow_still, narrow_loss) = trained[False], trained[True]
-        off, expected = gradient_difference(narrow_gradient, gradient), gradient_difference(blurred, gradient)
+        exact = _losses(model, rows, pad, False)
+        def losses(rows):
+            exact, narrow = (_losses(model, rows, pad, bf16) for bf16 in (False, True))
+            with rounded_otherwise(model, 0, torch.bfloat16): rounded = _losses(model, rows, pad, False)
+            return tuple(float((o - exact).double().square().mean().sqrt()) for o in (narrow, rounded))
+        off, expected = _middle(losses(rows), losses, rows)
+        case("loss of a token (nats)", off, ROUNDINGS*expected)
+        train = lambda rows, steps=1, bf16=False: short_training(model, rows, pad, bf16=bf16, lr=lr, steps=steps)
+        (gradient, still, loss), (narrow_gradient, narrow_still, narrow_loss) = (train(rows, steps, bf16) for bf16 in (False, True))
+        def gradients(rows, gradient=None, narrow=None):
+            gradient, narrow = gradient or train(rows)[0], narrow or train(rows, bf16=True)[0]
+            with rounded_otherwise(model, 0, torch.bfloat16): blurred = train(rows)[0]
+            return gradient_difference(narrow, gradient), gradient_difference(blurred, gradient)
+        off, expected = _middle(gradients(rows, gradient, narrow_gradient), gradients, rows)
         unused = off < UNUSED*expected  # as near as fp32 in another order: that was not bf16
         case("gradient (share of its length)", math.inf if unused else off, ROUNDINGS*expected)
         case("weights that a step leaves (share)", narrow_still - still, STILL)
