@@ -7,6 +7,7 @@ __all__ = ['ROUNDINGS', 'UNUSED', 'STILL', 'LOST', 'ENOUGH', 'short_training', '
 
 # %% ../../nbs/training/precision.ipynb #a4f15552
 import math, time
+from statistics import median
 
 import torch
 from transformers import TrainerCallback
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from ..models.load import LanguageModel
 from ..runs.certificates import Certificate
 from ..runs.errors import UserError
+from .adapters import layers_of
 from .batching import TokenRows, collate
 from .invariance import bare_trainer, gradient_difference, long_row, rounded_otherwise, spread, without_dropout
 from .loss import mean_nll, token_nll
@@ -65,14 +67,10 @@ def _losses(model, rows, pad, bf16):
     batch = {k: v.to(model_device(model)) for k, v in collate(list(rows), pad).items()}
     with torch.no_grad(), torch.autocast(model_device(model).type, torch.bfloat16, enabled=bf16): return token_nll(model, batch)
 
-def _thirds(rows): # each with rows of all lengths
-    return [TokenRows(rows.ids[i::3], rows.mask[i::3]) for i in range(min(3, len(rows)))]
-
-def _middle(whole:tuple, of_part, rows): # both: what bf16 changes, and one error of its size
-    "The whole where bf16 changes no more than one error does, else the middle one of three parts."
+def _without_jumps(whole:tuple, of_rows, rows): # what bf16 changes, and what one error of its size does
+    "Medians over the rows where bf16 changes more than the error does."
     if whole[0] <= whole[1]: return whole
-    parts = sorted((of_part(o) for o in _thirds(rows)), key=lambda o: o[0]/max(o[1], 1e-300))
-    return parts[len(parts)//2]
+    return tuple(median(o) for o in zip(*(of_rows(TokenRows([i], [m])) for i, m in zip(rows.ids, rows.mask))))
 
 def precision(lm:LanguageModel,  # as it would be trained; its weights come back as they were
               rows:TokenRows,    # of the training
@@ -84,6 +82,7 @@ def precision(lm:LanguageModel,  # as it would be trained; its weights come back
     "Does computing in bf16 hurt?"
     start, rows, model, pad = time.perf_counter(), spread(rows, examples), lm.model, lm.tokenizer.pad_token_id
     if not any(p.requires_grad for p in model.parameters()): raise UserError(f"No weight of {lm.name} requires a gradient, so there is no training to compare. Give the model as it would be trained.")
+    typical = _without_jumps if any(o.kind == "router" for o in layers_of(model)) else lambda whole, *_: whole
     cases = []
     def case(what, difference, tolerance): cases.append(dict(what=what, difference=difference, tolerance=tolerance, ratio=difference/tolerance if difference < math.inf else math.inf))
     with without_dropout(model):
@@ -92,7 +91,7 @@ def precision(lm:LanguageModel,  # as it would be trained; its weights come back
             exact, narrow = (_losses(model, rows, pad, bf16) for bf16 in (False, True))
             with rounded_otherwise(model, 0, torch.bfloat16): rounded = _losses(model, rows, pad, False)
             return tuple(float((o - exact).double().square().mean().sqrt()) for o in (narrow, rounded))
-        off, expected = _middle(losses(rows), losses, rows)
+        off, expected = typical(losses(rows), losses, rows)
         case("loss of a token (nats)", off, ROUNDINGS*expected)
         train = lambda rows, steps=1, bf16=False: short_training(model, rows, pad, bf16=bf16, lr=lr, steps=steps)
         (gradient, still, loss), (narrow_gradient, narrow_still, narrow_loss) = (train(rows, steps, bf16) for bf16 in (False, True))
@@ -100,7 +99,7 @@ def precision(lm:LanguageModel,  # as it would be trained; its weights come back
             gradient, narrow = gradient or train(rows)[0], narrow or train(rows, bf16=True)[0]
             with rounded_otherwise(model, 0, torch.bfloat16): blurred = train(rows)[0]
             return gradient_difference(narrow, gradient), gradient_difference(blurred, gradient)
-        off, expected = _middle(gradients(rows, gradient, narrow_gradient), gradients, rows)
+        off, expected = typical(gradients(rows, gradient, narrow_gradient), gradients, rows)
         unused = off < UNUSED*expected  # as near as fp32 in another order: that was not bf16
         case("gradient (share of its length)", math.inf if unused else off, ROUNDINGS*expected)
         case("weights that a step leaves (share)", narrow_still - still, STILL)
