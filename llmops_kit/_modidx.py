@@ -1991,6 +1991,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'llmops_kit.runs.forked.Forked.terminate': ( 'runs/forked.html#forked.terminate',
                                                                                      'llmops_kit/runs/forked.py'),
                                         'llmops_kit.runs.forked.Forked.wait': ('runs/forked.html#forked.wait', 'llmops_kit/runs/forked.py'),
+                                        'llmops_kit.runs.forked._made_by_imports': ( 'runs/forked.html#_made_by_imports',
+                                                                                     'llmops_kit/runs/forked.py'),
                                         'llmops_kit.runs.forked.ask': ('runs/forked.html#ask', 'llmops_kit/runs/forked.py'),
                                         'llmops_kit.runs.forked.cannot_fork': ('runs/forked.html#cannot_fork', 'llmops_kit/runs/forked.py'),
                                         'llmops_kit.runs.forked.cool_down': ('runs/forked.html#cool_down', 'llmops_kit/runs/forked.py'),

@@ -9,8 +9,8 @@ os.environ["LLMOPS_WARM"] = "0" # a test says itself when it wants a warm parent
 GIVEN = frozenset(os.environ)
 DOCSTRINGS = f"{sysconfig.get_path('stdlib')}/asyncio" # a part of `docstrings`, which takes seconds to read
 
-# longest first, so that none of them is begun when the others are done
-LONG = ["test_jobs", "test_training_jobs", "test_resume", "test_studies", "test_prepare_job", "test_lab", "test_kills", "test_engine", "test_zoo_agreement", "test_workers", "test_zoo_continuation",
+# longest first, so that none of them is begun when the others are done; the second needs nothing of the first, which makes the chain
+LONG = ["test_jobs", "test_studies", "test_training_jobs", "test_resume", "test_prepare_job", "test_lab", "test_kills", "test_engine", "test_zoo_agreement", "test_workers", "test_zoo_continuation",
         "test_preference", "test_training", "test_estimate", "test_zoo_equivalence", "test_people_and_judges", "test_distill", "test_crash", "test_scoring_engine", "test_classify", "test_ledger",
         "test_zoo_invariance", "test_zoo_precision", "test_cli"]
 

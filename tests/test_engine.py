@@ -139,6 +139,13 @@ def test_a_forked_kernel_is_like_a_clean_one(tmp_path, parent, monkeypatch):
     assert not set(forked[1].splitlines()[1].split()) & set(again[1].splitlines()[1].split())  # its random numbers are its own
 
 
+def test_a_run_that_a_cell_starts_is_forked_too(tmp_path, parent):
+    "What ipykernel and imports have set in a kernel is no other surroundings."
+    inner = notebook(tmp_path/"inner.ipynb", "1")
+    run(tmp_path, [f"import sklearn, torch, torch._inductor.runtime.cache_dir_utils as o; o.cache_dir()\nimport subprocess, sys\n"
+                   f"print(subprocess.run([sys.executable, '-m', 'papermill', {str(inner)!r}, {str(tmp_path/'made.ipynb')!r}, '--engine', 'llmops'], capture_output=True, text=True).stderr)"])
+    assert nbformat.read(tmp_path/"made.ipynb", 4).metadata.papermill.kernel == "forked"
+
 @pytest.mark.parametrize("change, why", [({"PYTHONHASHSEED": "1"}, "PYTHONHASHSEED is not 0"), ({"OMP_NUM_THREADS": "two"}, "OMP_NUM_THREADS is not a number"),
                                          ({"MPLBACKEND": "agg"}, "libraries read MPLBACKEND"), ({"LD_PRELOAD": ""}, "no warm parent"), ({"CUDA_VISIBLE_DEVICES": "7"}, "no warm parent")])
 def test_a_kernel_of_other_surroundings_starts_clean(change, why, tmp_path, parent):

@@ -7,16 +7,19 @@ __all__ = ['surroundings', 'warm_folder', 'warm_place', 'Forked', 'ask', 'cannot
            'kernel_environment', 'warm_up', 'cool_down']
 
 # %% ../../nbs/runs/forked.ipynb #83f870d1
-import json, os, resource, select, signal, socket, struct, subprocess, sys, time
+import json, os, resource, select, signal, socket, struct, subprocess, sys, tempfile, time
 from pathlib import Path
 from . import warm
 from .artifacts import canonical_json, sha256_of, sha256_text
 from .errors import UserError
-from .warm import given_again, inline_backend
+from .warm import given_again, inline_backend, set_by_ipykernel
 
 # %% ../../nbs/runs/forked.ipynb #3e7ad0b0
 _in_c = ("PATH", "PYTHON", "LD_", "LC_", "LANG", "TZ", "GLIBC_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "NUMEXPR_", "ATEN_", "TORCH", "PYTORCH_", "CUDA_", "NVIDIA_",
          "NCCL_", "HIP_", "ROCR_", "HSA_", "ARROW_", "RAYON_", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+
+def _made_by_imports(name, value): # scikit-learn, joblib and torch set these where they are not set, in a parent as in a kernel that calls `llmops`
+    return (name, value) in (("KMP_DUPLICATE_LIB_OK", "True"), ("KMP_INIT_AT_FORK", "FALSE")) or name == "TORCHINDUCTOR_CACHE_DIR" and value.startswith(f"{tempfile.gettempdir()}/torchinductor_")
 
 def surroundings(env:dict,     # the kernel's environment
                  command:list, # the interpreter with its options
@@ -27,7 +30,7 @@ def surroundings(env:dict,     # the kernel's environment
         except OSError: return None
     import site
     return {"command": command, "python": sys.version, "installed": {o: os.stat(o).st_mtime_ns for o in sys.path if o.endswith("-packages") and os.path.isdir(o)},
-            "code": sha256_of(Path(warm.__file__)), "variables": {k: v for k, v in env.items() if k.startswith(_in_c) and k not in given_again},
+            "code": sha256_of(Path(warm.__file__)), "variables": {k: v for k, v in env.items() if k.startswith(_in_c) and k not in given_again and not _made_by_imports(k, v)},
             "user": [os.getuid(), os.getgid(), os.getgroups()], "host": os.uname().nodename, "group": told("/proc/self/cgroup"),
             "spaces": {o: os.readlink(f"/proc/self/ns/{o}") for o in sorted(os.listdir("/proc/self/ns"))}, "cores": sorted(os.sched_getaffinity(0)),
             "limits": [resource.getrlimit(getattr(resource, o)) for o in dir(resource) if o.startswith("RLIMIT_")], "nice": os.getpriority(os.PRIO_PROCESS, 0)}
@@ -115,7 +118,7 @@ def start_parent(place:Path, env:dict, command:list)->subprocess.Popen:
     root = str(Path(warm.__file__).parent.parent.parent)
     code = f"import sys; sys.path[0] = {root!r}; from llmops_kit.runs.warm import serve; del sys.path[0]; serve({str(place)!r})"
     # whether there is a GPU can be asked without opening it; pyarrow's allocator can do without its thread
-    env = env | {"OMP_NUM_THREADS": "1", "MPLBACKEND": inline_backend, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    env = env | set_by_ipykernel | {"OMP_NUM_THREADS": "1", "MPLBACKEND": inline_backend, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
     with open(f"{place}.log", "wb") as log:
         _starting.append(subprocess.Popen([*command, "-c", code], env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
     return _starting[-1]

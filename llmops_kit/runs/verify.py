@@ -106,7 +106,8 @@ def verify_notebooks(paths:list[Path],
     if len(paths) > 3: _warm_up()
     workers = workers or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), 8)
     with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(verify_notebook, o, **options): n for n, o in enumerate(paths)}
+        # tutorials, which run whole jobs, and lessons in training are last in the alphabet: nobody should wait for one of them at the end
+        waiting = {pool.submit(verify_notebook, o, **options): n for n, o in reversed([*enumerate(paths)])}
         results = [None] * len(paths)
         try:
             for done, future in enumerate(as_completed(waiting), 1):
