@@ -142,9 +142,9 @@ def test_a_forked_kernel_is_like_a_clean_one(tmp_path, parent, monkeypatch):
 def test_a_run_that_a_cell_starts_is_forked_too(tmp_path, parent):
     "What ipykernel and imports have set in a kernel is no other surroundings."
     inner = notebook(tmp_path/"inner.ipynb", "1")
-    run(tmp_path, [f"import sklearn, torch, torch._inductor.runtime.cache_dir_utils as o; o.cache_dir()\nimport subprocess, sys\n"
-                   f"print(subprocess.run([sys.executable, '-m', 'papermill', {str(inner)!r}, {str(tmp_path/'made.ipynb')!r}, '--engine', 'llmops'], capture_output=True, text=True).stderr)"])
-    assert nbformat.read(tmp_path/"made.ipynb", 4).metadata.papermill.kernel == "forked"
+    said = run(tmp_path, [f"import sklearn, torch, torch._inductor.runtime.cache_dir_utils as o; o.cache_dir()\nimport subprocess, sys\n"
+                          f"print(subprocess.run([sys.executable, '-m', 'papermill', {str(inner)!r}, {str(tmp_path/'made.ipynb')!r}, '--engine', 'llmops'], capture_output=True, text=True).stderr)"])
+    assert nbformat.read(tmp_path/"made.ipynb", 4).metadata.papermill.kernel == "forked", said
 
 @pytest.mark.parametrize("change, why", [({"PYTHONHASHSEED": "1"}, "PYTHONHASHSEED is not 0"), ({"OMP_NUM_THREADS": "two"}, "OMP_NUM_THREADS is not a number"),
                                          ({"MPLBACKEND": "agg"}, "libraries read MPLBACKEND"), ({"LD_PRELOAD": ""}, "no warm parent"), ({"CUDA_VISIBLE_DEVICES": "7"}, "no warm parent")])
@@ -248,7 +248,7 @@ def test_limits_hold_for_a_replay_and_a_resumption(tmp_path, parent):
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_a_replay_by_a_forked_kernel_gives_the_same_bytes(threads, tmp_path):
     with tempfile.TemporaryDirectory() as runtime:
-        env = {"LLMOPS_RUNS": str(tmp_path/"runs"), "JUPYTER_RUNTIME_DIR": runtime, "OMP_NUM_THREADS": threads, "WANDB_MODE": "offline"}
+        env = {"LLMOPS_RUNS": str(tmp_path/"runs"), "JUPYTER_RUNTIME_DIR": runtime, "OMP_NUM_THREADS": threads, "WANDB_MODE": "offline", "LLMOPS_WARM": "0"}
         small = {"max_steps": 6, "train_examples": 60, "validation_examples": 20, "eval_every": 3, "max_new_tokens": 4, "certify": "off"}
         clean = json.loads(llmops("run", "finetune", *(str(o) for k, v in small.items() for o in ("-p", k, v)), "--json", env=env))
         warm = env | {"LLMOPS_WARM": "1"}

@@ -76,10 +76,10 @@ def _become(request, files, made): # the environment and the process that a clea
     import tempfile, weakref
     for o in list(weakref.finalize._registry):
         o.atexit = False # what the parent made is the parent's to take away
-        made = (o.peek() or [None])[0]
-        if isinstance(made, tempfile.TemporaryDirectory): # a kernel has its own: wandb takes the one for tables away when it ends
+        owner = (o.peek() or [None])[0]
+        if isinstance(owner, tempfile.TemporaryDirectory): # a kernel has its own: wandb takes the one for tables away when it ends
             o.detach()
-            made.__init__(suffix=Path(made.name).name)
+            owner.__init__(suffix=Path(owner.name).name)
     if "numpy" in sys.modules: sys.modules["numpy"].random.seed()
     threads = int(request["env"]["OMP_NUM_THREADS"])
     if "torch" in sys.modules: sys.modules["torch"].set_num_threads(threads)

@@ -86,7 +86,6 @@ def precision(lm:LanguageModel,  # as it would be trained; its weights come back
     cases = []
     def case(what, difference, tolerance): cases.append(dict(what=what, difference=difference, tolerance=tolerance, ratio=difference/tolerance if difference < math.inf else math.inf))
     with without_dropout(model):
-        exact = _losses(model, rows, pad, False)
         def losses(rows):
             exact, narrow = (_losses(model, rows, pad, bf16) for bf16 in (False, True))
             with rounded_otherwise(model, 0, torch.bfloat16): rounded = _losses(model, rows, pad, False)
@@ -103,7 +102,7 @@ def precision(lm:LanguageModel,  # as it would be trained; its weights come back
         unused = off < UNUSED*expected  # as near as fp32 in another order: that was not bf16
         case("gradient (share of its length)", math.inf if unused else off, ROUNDINGS*expected)
         case("weights that a step leaves (share)", narrow_still - still, STILL)
-        gained = float(exact.double().mean()) - loss if steps >= ENOUGH else None
+        gained = float(_losses(model, rows, pad, False).double().mean()) - loss if steps >= ENOUGH else None
         if gained is not None: case(f"progress lost in {steps} steps (nats)", narrow_loss - loss, LOST*max(gained, 1e-9))
     cases.sort(key=lambda o: -o["ratio"])
     failed, first = [o for o in cases if not o["ratio"] <= 1], cases[0]
