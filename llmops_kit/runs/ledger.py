@@ -8,7 +8,7 @@ __all__ = ['schema', 'runs_dir', 'new_run_id', 'is_run_ref', 'seal_of', 'is_seal
            'ask_index', 'list_runs', 'resolve_run', 'find_output']
 
 # %% ../../nbs/runs/ledger.ipynb #560c2ac2
-import errno, fcntl, json, os, re, secrets, shutil
+import errno, fcntl, json, os, re, shutil
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,9 +28,9 @@ def runs_dir()->Path: # `$LLMOPS_RUNS`, or `runs/` at the top of the project
 def new_run_id(job:str,                 # the job's name
                when:datetime|None=None, # start time in UTC; now, if not given
                )->str:                  # e.g. `20261120-184503-finetune-7f3a`
-    "An id that sorts by start time and reads well."
+    "An id that sorts a job's runs by start time and reads well."
     when = when or datetime.now(timezone.utc)
-    return f"{when:%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9_]+', '_', job)}-{secrets.token_hex(2)}"
+    return f"{when:%Y%m%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9_]+', '_', job)}-{when.microsecond*65_536//1_000_000:04x}"  # a warm run takes less than a second
 
 def is_run_ref(text:str)->bool: # is it an id, or `latest:JOB`?
     "Does a text name a run (rather than a file, a model or a data source)?"
